@@ -1,0 +1,111 @@
+"""The only place that prints. Libraries take a `Reporter`; the silent one is the default.
+
+Data go to stdout; progress, notes and errors to stderr, so that a pipe sees only data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .errors import printable
+
+Advance = Callable[[int], None]
+
+
+class Reporter(Protocol):
+    """What a long computation may tell its caller."""
+
+    def task(self, description: str, total: int) -> Any:
+        """Context manager; gives a function that takes the number of units just finished."""
+
+    def note(self, text: str) -> None:
+        """One line that the user should read (a fallback taken, a default assumed)."""
+
+
+class Silent:
+    """Reports nothing, remembers the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        yield lambda units: None
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Terminal:
+    """Progress bars with rate and remaining time, and notes, on stderr."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.quiet = quiet
+        self.notes: list[str] = []
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        if self.quiet:
+            yield lambda units: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>9}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=not self.err.is_terminal) as progress:
+            bar = progress.add_task(printable(description, 60), total=total, rate="")
+
+            def advance(units: int = 1) -> None:
+                speed = progress.tasks[0].speed
+                progress.update(bar, advance=units, rate=f"{speed:.1f}/s" if speed else "")
+
+            yield advance
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if not self.quiet:
+            self.err.print(f"note: {printable(text, 300)}", markup=False, style="yellow")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, keys in the order given."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A plain table on stdout; every cell is escaped. Columns after the first are right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(title, 200)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell, 200)) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def print_text(text: str) -> None:
+    """Plain text on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def print_error(line: str) -> None:
+    """The last line on stderr."""
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,40 @@
+"""Dense packing of b-bit codes into bytes, b = 1..8, row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that hold `columns` codes of `bits` bits."""
+    return (columns * bits + 7) // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes 0 <= c < 2**bits, shape (rows, columns), to uint8 (rows, ceil(columns*bits/8)), low bits first.
+
+    Each row starts on a byte; the unused high bits of its last byte are zero.
+    """
+    rows, columns = codes.shape
+    if bits == 8:
+        return codes.to(torch.uint8)
+    if bits == 4:  # the common case without the detour over single bits
+        even = torch.nn.functional.pad(codes.to(torch.uint8), (0, columns % 2))
+        return even[:, 0::2] | (even[:, 1::2] << 4)
+    shifts = torch.arange(bits, device=codes.device)
+    flat = ((codes.to(torch.int32).unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits)
+    flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).reshape(rows, -1, 8)
+    return (flat << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 codes of shape (rows, columns)."""
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), -1).reshape(rows, -1)[:, :columns]
+    flat = ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).reshape(rows, -1)
+    flat = flat[:, : columns * bits].reshape(rows, columns, bits)
+    return (flat << torch.arange(bits, device=packed.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)

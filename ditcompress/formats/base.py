@@ -1,0 +1,73 @@
+"""What a number format is: pure functions over one weight matrix, and the record of what they store.
+
+A format module exports `Params` and five functions; GPTQ, learned rounding and plain rounding use them alike.
+
+    fit(weight, params, importance)  -> grid       scales and zeros, already rounded to how they are stored
+    code(weight, grid, params)       -> codes      nearest code of each element, int32, any subset of columns
+    value(codes, grid, params)       -> weight     float32
+    pack(codes, grid, params)        -> tensors    exactly what goes to disk
+    unpack(tensors, params, shape)   -> codes, grid
+    layout(params, shape)            -> {suffix: (shape, dtype)} of the stored tensors, no data needed
+
+weight: (out, in) float32. A grid is a mapping of tensors that broadcast against (out, in) when expanded by the
+format; `grid.columns(start, stop)` narrows it to a range of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..plan import WeightSpec
+from ..registry import Registry
+
+
+class StrictParams(BaseModel):
+    """Parameters from a recipe: unknown keys are refused, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+registry = Registry("ditcompress.formats", "format", ("Params", "fit", "code", "value", "pack", "unpack", "layout"))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One weight matrix as stored: `tensors` are exactly the bytes on disk, keyed by suffix."""
+
+    spec: WeightSpec
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, scales and zeros included."""
+        return 8 * self.stored_bytes / (self.shape[0] * self.shape[1])
+
+
+def resolve(spec: WeightSpec) -> tuple[ModuleType, Any]:
+    """The format module and its validated parameters."""
+    module = registry.get(spec.format)
+    return module, module.Params(**spec.params)
+
+
+def stored_layout(spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{suffix: (shape, dtype)} of the tensors a weight of `shape` is stored as."""
+    module, params = resolve(spec)
+    return module.layout(params, shape)
+
+
+def dequantize(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The float32 matrix that the stored tensors stand for."""
+    module, params = resolve(spec)
+    codes, grid = module.unpack(tensors, params, shape)
+    return module.value(codes, grid, params)

@@ -1,0 +1,236 @@
+"""Uniform integers of 2 to 8 bits: value = scale * (code - zero).
+
+Layouts: one scale per `tensor`; per `row`; per `group` of consecutive input columns in a row; per `column_group` of
+rows that share one input column (DiTAS: a per-input-channel factor folds into the scales exactly). A last group may
+be shorter than the others, so every width is legal.
+
+Scales are stored as float32, bfloat16 or float16, or as `uint8`: eight bits for each group times a float16 for each
+row, which is how small groups stay cheap. Zeros are stored in `bits` bits next to the codes ("code"), or as int16.
+Shapes: N rows (out), K columns (in), G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ._bits import pack_bits, packed_width, unpack_bits
+from .base import StrictParams
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SMALLEST = torch.finfo(torch.float16).tiny  # below it float16 loses precision
+
+
+class Params(StrictParams):
+    """`levels`: the range is divided by 2**bits - 1, or by 2**bits ("full", as DiTAS does). `clip`: shrink factors
+    tried for each scale (1: none); the factor with the least error, weighted by channel importance, wins."""
+
+    bits: int = Field(8, ge=2, le=8)
+    layout: Literal["tensor", "row", "group", "column_group"] = "row"
+    group: int = Field(32, ge=2)
+    symmetric: bool = True
+    scale: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
+    zero: Literal["code", "int16"] = "code"
+    levels: Literal["full", "minus_one"] = "minus_one"
+    clip: int = Field(1, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _two_level_needs_groups(self) -> Params:
+        if self.scale == "uint8" and self.layout != "group":
+            raise ValueError("scale: uint8 needs layout: group")
+        return self
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`scale` float32 and `zero` int32 or None, both in the shape of the layout; `row_scale` (N, 1) when the
+    scales are two-level. `order` maps a row or column to its group."""
+
+    scale: Tensor
+    zero: Tensor | None
+    row_scale: Tensor | None = None
+
+
+def _grid_shape(params: Params, shape: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = shape
+    return {
+        "tensor": (1, 1),
+        "row": (rows, 1),
+        "group": (rows, -(-columns // params.group)),
+        "column_group": (-(-rows // params.group), columns),
+    }[params.layout]
+
+
+def _expand(values: Tensor, params: Params, shape: tuple[int, int], columns: slice) -> Tensor:
+    """Grid values broadcastable against the weight columns `columns`."""
+    rows, _ = shape
+    if params.layout == "group":
+        index = torch.arange(columns.start, columns.stop, device=values.device) // params.group
+        return values[:, index]
+    if params.layout == "column_group":
+        return values[torch.arange(rows, device=values.device) % values.shape[0]][:, columns]
+    return values
+
+
+def _grouped(weight: Tensor, params: Params, fill: float) -> Tensor:
+    """The weight with one group per row of the last dimension: (*grid shape, members), padded with `fill`."""
+    rows, columns = weight.shape
+    grid_rows, grid_columns = _grid_shape(params, (rows, columns))
+    pad = torch.nn.functional.pad
+    if params.layout == "group":
+        return pad(weight, (0, grid_columns * params.group - columns), value=fill).reshape(rows, grid_columns, -1)
+    if params.layout == "column_group":  # members: rows o with the same o mod (N / group)
+        padded = pad(weight, (0, 0, 0, grid_rows * params.group - rows), value=fill)
+        return padded.reshape(params.group, grid_rows, columns).permute(1, 2, 0)
+    return weight.reshape(grid_rows, 1, -1)
+
+
+def _code_range(params: Params) -> tuple[int, int]:
+    """Lowest and highest code: symmetric codes leave out the most negative one except at 2 bits."""
+    if not params.symmetric:
+        return 0, 2**params.bits - 1
+    top = 2 ** (params.bits - 1) - 1
+    return (-top if params.bits > 2 else -top - 1), top
+
+
+def _scale_zero(low: Tensor, high: Tensor, params: Params) -> tuple[Tensor, Tensor | None]:
+    """Scale and integer zero for value ranges [low, high]."""
+    lowest, highest = _code_range(params)
+    if params.symmetric:
+        return torch.maximum(high / highest, low / lowest).clamp_min(_SMALLEST), None
+    if params.zero == "code":  # the zero is itself a code, so the range must contain 0
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    steps = 2**params.bits - (params.levels == "minus_one")
+    scale = ((high - low) / steps).clamp_min(_SMALLEST)
+    zero = torch.round(-low / scale).to(torch.int32)
+    return scale, zero.clamp(0, highest) if params.zero == "code" else zero.clamp(-(2**15), 2**15 - 1)
+
+
+def _store_scale(scale: Tensor, params: Params) -> tuple[Tensor, Tensor | None]:
+    """The scale as it will be read back, and the row scale of the two-level form."""
+    if params.scale != "uint8":
+        return scale.to(_DTYPES[params.scale]).float(), None
+    row = (scale.amax(1, keepdim=True) / 255).clamp_min(_SMALLEST).to(torch.float16).float()
+    return torch.round(scale / row).clamp(1, 255) * row, row
+
+
+def make_grid(scale: Tensor, zero: Tensor | None, params: Params) -> Grid:
+    """A grid whose scales are rounded to their stored precision."""
+    stored, row = _store_scale(scale, params)
+    return Grid(stored, zero, row)
+
+
+def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Grid:
+    """The grid of a weight (N, K); `importance` (K,) weights the columns' squared errors in the clip search."""
+    groups = _grouped(weight, params, 0.0)
+    importance = torch.ones_like(weight[0]) if importance is None else importance
+    cost = _grouped(importance.expand_as(weight), params, 0.0)
+    low, high = groups.amin(-1), groups.amax(-1)
+    best_scale, best_zero = _scale_zero(low, high, params)
+    if params.clip > 1:
+        least = torch.full_like(low, float("inf"))
+        for shrink in torch.linspace(1.0, 0.4, params.clip).tolist():
+            scale, zero = _scale_zero(low * shrink, high * shrink, params)
+            stored, _ = _store_scale(scale, params) if params.scale != "uint8" else (scale, None)
+            error = (_round_trip(groups, stored.unsqueeze(-1), zero, params) - groups).square().mul(cost).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = None if zero is None or best_zero is None else torch.where(better, zero, best_zero)
+    return make_grid(best_scale, best_zero, params)
+
+
+def _round_trip(groups: Tensor, scale: Tensor, zero: Tensor | None, params: Params) -> Tensor:
+    offset = 0 if zero is None else zero.unsqueeze(-1)
+    codes = (torch.round(groups / scale) + offset).clamp(*_code_range(params))
+    return (codes - offset) * scale
+
+
+def _slice(weight_columns: int, columns: slice | None) -> slice:
+    return slice(0, weight_columns) if columns is None else columns
+
+
+def code(weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None,
+         columns: slice | None = None) -> Tensor:
+    """Nearest codes, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
+    shape = shape or (weight.shape[0], weight.shape[1])
+    where = _slice(shape[1], columns)
+    codes = torch.round(weight / _expand(grid.scale, params, shape, where))
+    if grid.zero is not None:
+        codes = codes + _expand(grid.zero, params, shape, where)
+    return codes.clamp(*_code_range(params)).to(torch.int32)
+
+
+def value(codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None,
+          columns: slice | None = None) -> Tensor:
+    """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
+    shape = shape or (codes.shape[0], codes.shape[1])
+    where = _slice(shape[1], columns)
+    if grid.zero is not None:
+        codes = codes - _expand(grid.zero, params, shape, where)
+    return codes * _expand(grid.scale, params, shape, where)
+
+
+def layout(params: Params, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the stored tensors."""
+    rows, columns = shape
+    grid = _grid_shape(params, shape)
+    plain_int8 = params.bits == 8 and params.symmetric
+    width = columns if plain_int8 else packed_width(columns, params.bits)
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((rows, width), torch.int8 if plain_int8 else torch.uint8)
+    }
+    if params.scale == "uint8":
+        stored |= {"scale": (grid, torch.uint8), "row_scale": ((rows, 1), torch.float16)}
+    else:
+        stored["scale"] = (grid, _DTYPES[params.scale])
+    if not params.symmetric:
+        code_zero = ((grid[0], packed_width(grid[1], params.bits)), torch.uint8)
+        stored["zero"] = code_zero if params.zero == "code" else (grid, torch.int16)
+    return stored
+
+
+def pack(codes: Tensor, grid: Grid, params: Params) -> dict[str, Tensor]:
+    """The stored tensors, as `layout` declares them."""
+    lowest, _ = _code_range(params)
+    if params.bits == 8 and params.symmetric:
+        packed = codes.to(torch.int8)
+    else:
+        packed = pack_bits(codes - lowest, params.bits)
+    if params.scale == "uint8":
+        assert grid.row_scale is not None
+        scales = {
+            "scale": torch.round(grid.scale / grid.row_scale).to(torch.uint8),
+            "row_scale": grid.row_scale.to(torch.float16),
+        }
+    else:
+        scales = {"scale": grid.scale.to(_DTYPES[params.scale])}
+    zeros = {}
+    if grid.zero is not None:
+        zeros["zero"] = pack_bits(grid.zero, params.bits) if params.zero == "code" else grid.zero.to(torch.int16)
+    return {name: tensor.contiguous() for name, tensor in {"qweight": packed, **scales, **zeros}.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Grid]:
+    """Codes (int32) and grid from the stored tensors."""
+    lowest, _ = _code_range(params)
+    packed = tensors["qweight"]
+    if packed.dtype == torch.int8:
+        codes = packed.to(torch.int32)
+    else:
+        codes = unpack_bits(packed, params.bits, shape[1]).to(torch.int32) + lowest
+    row = tensors["row_scale"].float() if params.scale == "uint8" else None
+    scale = tensors["scale"].float()
+    scale = scale if row is None else scale * row
+    zero = None
+    if not params.symmetric:
+        zero = tensors["zero"]
+        if params.zero == "code":
+            zero = unpack_bits(zero, params.bits, _grid_shape(params, shape)[1])
+        zero = zero.to(torch.int32)
+    return codes, Grid(scale, zero, row)

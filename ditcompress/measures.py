@@ -1,0 +1,38 @@
+"""How far one tensor is from another. Everything is computed in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio of whole tensors in dB; +inf when they are equal."""
+    signal = reference.double().square().sum().item()
+    noise = (approximation.double() - reference.double()).square().sum().item()
+    return ratio_db(noise / signal) if signal > 0 else (math.inf if noise == 0 else -math.inf)
+
+
+def output_sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """-10 log10 of the mean over samples (dimension 0) of the relative squared error, in dB."""
+    return ratio_db(relative_errors(reference, approximation).mean().item())
+
+
+def relative_errors(reference: Tensor, approximation: Tensor) -> Tensor:
+    """Squared error over squared norm for each sample, shape (samples,), float64."""
+    reference, approximation = reference.double().flatten(1), approximation.double().flatten(1)
+    return (approximation - reference).square().sum(1) / reference.square().sum(1).clamp_min(1e-300)
+
+
+def ratio_db(ratio: float) -> float:
+    """-10 log10(ratio): a noise-to-signal ratio as dB."""
+    return math.inf if ratio == 0 else -10 * math.log10(ratio)
+
+
+def cosine(reference: Tensor, approximation: Tensor) -> float:
+    """Cosine similarity of whole tensors; 1 for two zero tensors."""
+    a, b = reference.double().flatten(), approximation.double().flatten()
+    norm = (a.norm() * b.norm()).item()
+    return torch.dot(a, b).item() / norm if norm > 0 else float(torch.equal(a, b))

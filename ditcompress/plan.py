@@ -1,0 +1,67 @@
+"""What will be done to each linear, as data: it can be printed, stored, compared and edited by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How a weight is stored: the name of a module in `formats/` and its parameters (JSON values only)."""
+
+    format: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How a linear's input is quantized before the product.
+
+    `mode`: "none" (input stays in floating point), "token" (one dynamic scale per token), "tensor" (one dynamic
+    scale for the whole tensor), "static" (a scale measured in calibration).
+    """
+
+    mode: str = "none"
+    bits: int = 8
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One step of a recipe: the name of a module in `quantize/` and its parameters (JSON values only)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """Everything that is decided about one linear.
+
+    `smooth`: "none", "fold" (into the producer of the input) or "online" (the layer divides its input);
+    `rank` of the low-rank residual kept in 16 bits (0: none); `reason`: the rule that decided.
+    """
+
+    site: str
+    role: str
+    weight: WeightSpec
+    activation: ActivationSpec = ActivationSpec()
+    steps: tuple[StepSpec, ...] = ()
+    smooth: str = "none"
+    rank: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions in model order; a linear that is not listed stays as it is."""
+
+    layers: tuple[LayerDecision, ...]
+
+    def by_site(self) -> dict[str, LayerDecision]:
+        return {decision.site: decision for decision in self.layers}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(decision) for decision in self.layers]

@@ -1,0 +1,132 @@
+"""What a quantization step is given and gives back. Steps are pure; the engine owns files, order and memory.
+
+A step is a module of this folder. It exports `Params`, `NEEDS` (statistics it reads: "range", "gram", "tokens") and
+one of two phases:
+
+    prepare(group, params) -> s            the smoothing vector (in,) of all linears that share an input, or None
+    encode(layer, params)  -> Encoded      the stored form of one weight
+
+Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and W * s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DitcompressError
+from ..formats.base import PackedWeight, StrictParams, dequantize, resolve
+from ..plan import LayerDecision, StepSpec
+from ..registry import Registry, nearest
+
+registry = Registry("ditcompress.quantize", "step", ("Params", "NEEDS"))
+
+
+class InputStatistics(Protocol):
+    """What calibration knows about one input (see calibrate/statistics.py)."""
+
+    low: Tensor  # (buckets, in) least value of each channel
+    high: Tensor  # (buckets, in)
+    gram: Tensor | None  # (in, in) X^T X
+    reservoir: Tensor  # (rows, in) tokens
+    reservoir_bucket: Tensor  # (rows,) their timestep bucket
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear on its way to its stored form. `weight` is not smoothed yet; `smooth` (in,) or None is what its
+    input will be divided by; `statistics` describe the input before that division."""
+
+    decision: LayerDecision
+    weight: Tensor
+    statistics: InputStatistics | None = None
+    smooth: Tensor | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def name(self) -> str:
+        return self.decision.site
+
+    def smoothed_weight(self) -> Tensor:
+        return self.weight if self.smooth is None else self.weight * self.smooth
+
+    def gram(self) -> Tensor:
+        """Gram matrix of the smoothed input, float64 (in, in); E331 when calibration did not keep it."""
+        gram = need(self.statistics, self.name).gram
+        if gram is None:
+            raise DitcompressError("E331", self.name, "its Gram matrix was not gathered", "calibrate for this recipe")
+        gram = gram.double()
+        if self.smooth is None:
+            return gram
+        inverse = 1 / self.smooth.double()
+        return gram * inverse[:, None] * inverse[None, :]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The linears that share one input, for `prepare`."""
+
+    layers: Sequence[Layer]
+
+    @property
+    def statistics(self) -> InputStatistics:
+        return need(self.layers[0].statistics, self.layers[0].name)
+
+    def absmax(self) -> Tensor:
+        """Largest absolute value of each channel over all timesteps, (in,)."""
+        return torch.maximum(self.statistics.high, -self.statistics.low).amax(0)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The stored form of a weight: codes, and the factors of a low-rank residual (up (out, r), down (r, in))."""
+
+    packed: PackedWeight
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight (out, in) that the smoothed input meets."""
+        weight = dequantize(self.packed.spec, self.packed.tensors, self.packed.shape)
+        if self.low_rank is None:
+            return weight
+        up, down = self.low_rank
+        return weight + up.float() @ down.float()
+
+
+def need(statistics: InputStatistics | None, name: str) -> InputStatistics:
+    if statistics is None:
+        raise DitcompressError("E331", name, "no statistics of its input", "calibrate, or use a weights-only recipe")
+    return statistics
+
+
+def pack(layer: Layer, codes: Tensor, grid: Any) -> PackedWeight:
+    """Codes and grid as stored tensors of the layer's format."""
+    fmt, params = resolve(layer.decision.weight)
+    rows, columns = layer.weight.shape
+    return PackedWeight(layer.decision.weight, (rows, columns), fmt.pack(codes, grid, params))
+
+
+def step_module(step: StepSpec) -> tuple[ModuleType, StrictParams]:
+    """The module of a step and its validated parameters; E202 names an unknown parameter."""
+    module = registry.get(step.name)
+    return module, validated(module, step.params, f"step {step.name}")
+
+
+def validated(module: ModuleType, params: Any, where: str) -> Any:
+    """`params` by the module's own model; E202 with the nearest name for an unknown key."""
+    from pydantic import ValidationError
+
+    try:
+        return module.Params(**params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = list(module.Params.model_fields)
+        remedy = nearest(key, known) if first["type"] == "extra_forbidden" else f"see `ditcompress explain {where.split()[-1]}`"
+        what = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        raise DitcompressError("E202", f"{where}: {key or 'parameters'}", what, remedy) from None

@@ -1,0 +1,296 @@
+"""Recipes: YAML to strict models, and from a recipe and a layout to a plan.
+
+A recipe is a list of rules; the first rule that matches a linear decides about it, and a linear that no rule matches
+stays as it is. There is no inheritance and there are no import paths; `--set` changes single values.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import DitcompressError, printable
+from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
+from .registry import nearest
+
+if TYPE_CHECKING:
+    from .models.base import Layout, Site
+
+Role = Literal["qkv", "attn_out", "ffn_in", "ffn_out", "modulation", "time_embedding", "embedding", "head", "other"]
+MOST_BYTES = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """What the statistics are gathered from; see docs/cli.md."""
+
+    samples: int = Field(32, ge=1, le=100_000)
+    steps: int = Field(25, ge=1, le=1000)
+    guidance: float | None = Field(None, ge=0)
+    policy: Literal["uniform", "all", "normal"] = "uniform"
+    buckets: int = Field(8, ge=1, le=1000)
+    reservoir: int = Field(1024, ge=0, le=1_000_000)
+    weighting: Literal["none", "gain"] = "none"
+
+
+class Weight(BaseModel):
+    """`format` names a module of `formats/`; the other keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    format: str
+
+    def spec(self) -> WeightSpec:
+        return WeightSpec(self.format, dict(sorted((self.model_extra or {}).items())))
+
+
+class Activation(_Strict):
+    mode: Literal["none", "token", "tensor", "static"] = "none"
+    bits: int = Field(8, ge=2, le=8)
+    symmetric: bool = True
+
+
+class Rule(_Strict):
+    """One rule. It matches when role, block range and name pattern all do; what is left out matches everything."""
+
+    roles: tuple[Role, ...] = ()
+    blocks: str = ""
+    names: tuple[str, ...] = ()
+    keep: bool = False  # matched linears stay as they are
+    weight: Weight | None = None
+    activation: Activation = Activation()
+    smooth: Literal["none", "fold", "online"] = "none"
+    rank: int = Field(0, ge=0)
+    steps: tuple[StepSpec, ...] = (StepSpec("rtn"),)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _named_steps(cls, value: Any) -> tuple[StepSpec, ...]:
+        if not isinstance(value, list):
+            raise ValueError("a list of steps is expected")
+        return tuple(_step(item) for item in value)
+
+    @field_validator("blocks")
+    @classmethod
+    def _range(cls, value: str) -> str:
+        if value and not re.fullmatch(r"-?\d+(-\d+)?", value):
+            raise ValueError("a block range looks like 0-3, 5 or -1")
+        return value
+
+
+def _step(item: Any) -> StepSpec:
+    if isinstance(item, str):
+        return StepSpec(item)
+    if isinstance(item, dict) and len(item) == 1:
+        ((name, params),) = item.items()
+        if params is None or isinstance(params, dict):
+            return StepSpec(str(name), params or {})
+    raise ValueError("a step is a name, or a name with its parameters: {gptq: {damp: 0.01}}")
+
+
+class Recipe(_Strict):
+    """A validated recipe. `source` names the paper of a faithful recipe and is empty for our own."""
+
+    name: str
+    description: str = ""
+    source: str = ""
+    calibration: Calibration | None = None
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `parse_recipe` reads back to an equal recipe."""
+        value = self.model_dump(mode="json")
+        for rule, read in zip(value["rules"], self.rules, strict=True):
+            rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
+            if read.weight is not None:
+                rule["weight"] = {"format": read.weight.format, **(read.weight.model_extra or {})}
+        return value
+
+
+# --- reading YAML ------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases and duplicate keys, with 1e-4 as a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if not isinstance(name, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is not text", key.start_mark)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789."))
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """One YAML document by the strict loader; E202 with the line on any fault."""
+    if len(text) > MOST_BYTES:
+        raise DitcompressError("E202", where, f"{len(text)} bytes, more than 1 MB", "a recipe is a short text file")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}, line {mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        raise DitcompressError("E202", place, printable(problem), "correct the YAML") from None
+
+
+def parse_recipe(value: Any, where: str) -> Recipe:
+    """A recipe from parsed YAML or JSON; E202 names the key and the nearest known one."""
+    if not isinstance(value, dict):
+        raise DitcompressError("E202", where, "is not a mapping of keys", "see `ditcompress recipes show w4a8`")
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        remedy = "see `ditcompress recipes show w4a8`"
+        if first["type"] == "extra_forbidden":
+            remedy = nearest(str(first["loc"][-1]), _known_keys(first["loc"]))
+        raise DitcompressError("E202", f"{where}: {place}", _reason(first), remedy) from None
+
+
+def _reason(fault: Any) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "unknown key"
+    return f"{fault['msg']} (found {printable(fault.get('input'), 60)})"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """The legal keys beside the unknown one that `location` ends in."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        model = {"calibration": Calibration, "rules": Rule, "activation": Activation}.get(str(part), model)
+    return list(model.model_fields)
+
+
+# --- finding recipes -----------------------------------------------------------------------------------------------
+
+
+def data_folder(name: str) -> Path:
+    """`recipes` or `calib_data`: inside an installed package, else beside it in the source tree."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_data" / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+def recipe_files() -> dict[str, Path]:
+    """Every shipped recipe by name."""
+    return {path.stem: path for path in sorted(data_folder("recipes").rglob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a recipe file; then the `key=value` overrides. Steps and formats are validated."""
+    files, path = recipe_files(), Path(name_or_path)
+    if str(name_or_path) in files:
+        path = files[str(name_or_path)]
+    elif path.suffix not in (".yaml", ".yml"):
+        raise DitcompressError("E201", f"recipe {str(name_or_path)!r}", "is not known", nearest(str(name_or_path), list(files)))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitcompressError("E202", path, f"cannot be read ({type(error).__name__})", "give a YAML text file") from None
+    value = read_yaml(text, path.name)
+    if isinstance(value, dict):
+        value.setdefault("name", path.stem)
+    for override in overrides:
+        _override(value, override)
+    return parse_recipe(value, path.name)
+
+
+def _override(value: Any, text: str) -> None:
+    """Set one value: `calibration.samples=8`, `rules.0.rank=16`; `*` stands for every entry of a list."""
+    path, found, raw = text.partition("=")
+    if not found or not path:
+        raise DitcompressError("E203", f"--set {text}", "is not key=value", "for example --set calibration.samples=8")
+    new = read_yaml(raw, f"--set {path}")
+    keys = path.split(".")
+    for parent in _walk(value, keys[:-1], path):
+        if isinstance(parent, list) and keys[-1].isdigit() and int(keys[-1]) < len(parent):
+            parent[int(keys[-1])] = new
+        elif isinstance(parent, dict):
+            parent[keys[-1]] = new
+        else:
+            raise DitcompressError("E203", f"--set {path}", "names no key of the recipe", "see `ditcompress recipes show`")
+
+
+def _walk(value: Any, keys: Sequence[str], path: str) -> Iterator[Any]:
+    if not keys:
+        yield value
+    elif isinstance(value, list) and keys[0] == "*":
+        for item in value:
+            yield from _walk(item, keys[1:], path)
+    elif isinstance(value, list) and keys[0].isdigit() and int(keys[0]) < len(value):
+        yield from _walk(value[int(keys[0])], keys[1:], path)
+    elif isinstance(value, dict) and (value.get(keys[0]) is not None or keys[0] in Recipe.model_fields):
+        yield from _walk(value.setdefault(keys[0], {}), keys[1:], path)
+    else:
+        raise DitcompressError("E203", f"--set {path}", f"the recipe has no {keys[0]!r}", "see `ditcompress recipes show`")
+
+
+# --- from recipe to plan -------------------------------------------------------------------------------------------
+
+
+def make_plan(recipe: Recipe, layout: Layout) -> Plan:
+    """One decision for each linear that a rule matches, in forward order."""
+    decisions = []
+    for site in layout.sites:
+        for number, rule in enumerate(recipe.rules):
+            if _matches(rule, site, layout):
+                if not rule.keep and rule.weight is not None:
+                    decisions.append(_decide(rule, site, f"rule {number + 1}"))
+                break
+    return Plan(tuple(decisions))
+
+
+def _matches(rule: Rule, site: Site, layout: Layout) -> bool:
+    if not rule.roles and not rule.names and not rule.blocks and not site.block:
+        return False  # a rule that names nothing means the blocks, never the embedders
+    if rule.roles and site.role not in rule.roles:
+        return False
+    if rule.names and not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in rule.names):
+        return False
+    if rule.blocks:
+        return site.block in _block_range(rule.blocks, layout.blocks)
+    return True
+
+
+def _block_range(text: str, blocks: Sequence[str]) -> Sequence[str]:
+    if text.startswith("-"):
+        return blocks[int(text) :][:1]
+    first, _, last = text.partition("-")
+    return blocks[int(first) : int(last or first) + 1]
+
+
+def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
+    assert rule.weight is not None
+    activation = ActivationSpec(rule.activation.mode, rule.activation.bits, rule.activation.symmetric)
+    rank = min(rule.rank, site.in_features, site.out_features)
+    return LayerDecision(
+        site.name, site.role, rule.weight.spec(), activation, rule.steps, rule.smooth, rank, reason
+    )
+
+
+def canonical(recipe: Recipe) -> str:
+    """One line of JSON that two equal recipes share."""
+    return json.dumps(recipe.to_json(), sort_keys=True)
