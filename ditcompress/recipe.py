@@ -264,8 +264,8 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
 
 
 def _matches(rule: Rule, site: Site, layout: Layout) -> bool:
-    if not rule.roles and not rule.names and not rule.blocks and not site.block:
-        return False  # a rule that names nothing means the blocks, never the embedders
+    if not site.block and not rule.names:
+        return False  # linears outside the blocks (embedders, head) are touched only when named
     if rule.roles and site.role not in rule.roles:
         return False
     if rule.names and not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in rule.names):

@@ -43,14 +43,12 @@ def _axis(layout: Layout, axis: str | Axis) -> Axis:
     return axis if isinstance(axis, Axis) else layout.axes[axis]
 
 
-def apply_fold(tensors: Mapping[str, Tensor], axis: str | Axis, layout: Layout, s: Tensor) -> dict[str, Tensor]:
-    """The weights after the channels of `axis` are divided by `s` (size,) and every reader's columns multiplied by it.
+def fold_producers(tensors: Mapping[str, Tensor], axis: Axis, s: Tensor) -> dict[str, Tensor]:
+    """The weights after the producers of `axis` absorb a division by `s` (size,): readers are left alone.
 
-    `tensors`: name -> tensor with at least every fold tensor and every reader's weight. Returns a new dict; the
-    tensors of `tensors` are not modified. The arithmetic is float64, the dtypes stay.
+    Returns a new dict; `tensors` is not modified. The arithmetic is float64, the dtypes stay.
     Raises E205 for an axis that no producer can absorb, KeyError for a tensor that is missing.
     """
-    axis = _axis(layout, axis)
     if not axis.fold:
         raise DitcompressError("E205", axis.name, "no producer can absorb a scale", "smooth this input online")
     result = dict(tensors)
@@ -63,6 +61,19 @@ def apply_fold(tensors: Mapping[str, Tensor], axis: str | Axis, layout: Layout, 
         rows = (rows + 1) / scale - 1 if fold.rule == "one_plus" else rows / scale
         changed = torch.cat([changed[: fold.start], rows, changed[fold.stop :]])
         result[fold.tensor] = changed.to(tensor.dtype)
+    return result
+
+
+def apply_fold(tensors: Mapping[str, Tensor], axis: str | Axis, layout: Layout, s: Tensor) -> dict[str, Tensor]:
+    """The weights after the channels of `axis` are divided by `s` (size,) and every reader's columns multiplied by it.
+
+    `tensors`: name -> tensor with at least every fold tensor and every reader's weight. Returns a new dict; the
+    tensors of `tensors` are not modified. The arithmetic is float64, the dtypes stay.
+    Raises E205 for an axis that no producer can absorb, KeyError for a tensor that is missing.
+    """
+    axis = _axis(layout, axis)
+    result = fold_producers(tensors, axis, s)
+    s = s.detach().double()
     for site in readers(layout, axis.name):
         name = f"{site.name}.weight"
         weight = result[name]

@@ -1,0 +1,73 @@
+"""Quantization steps: one step, one file. `RecipeSteps` is how the engine runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DitcompressError
+from ..plan import LayerDecision, Plan
+from .base import Encoded, Group, Layer, registry, step_module, validated
+
+__all__ = ["RecipeSteps", "check_plan", "needs", "registry"]
+
+
+class RecipeSteps:
+    """The steps named in the decisions: those with `prepare` choose the smoothing, the one with `encode` rounds."""
+
+    def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None:
+        group = Group([Layer(d, w, statistics) for d, w in zip(decisions, weights, strict=True)])
+        for step in decisions[0].steps:
+            module, params = step_module(step)
+            if hasattr(module, "prepare"):
+                return module.prepare(group, params)
+        return None
+
+    def encode(
+        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int
+    ) -> Encoded:
+        generator = torch.Generator().manual_seed(seed)
+        layer = Layer(decision, weight, statistics, smooth, generator)
+        module, params = step_module(_encoder(decision))
+        return module.encode(layer, params)
+
+
+def _encoder(decision: LayerDecision) -> Any:
+    for step in decision.steps:
+        if hasattr(registry.get(step.name), "encode"):
+            return step
+    raise DitcompressError("E202", decision.reason, "no step encodes the weight", "add rtn or gptq to its steps")
+
+
+def check_plan(plan: Plan) -> None:
+    """Every format, step and parameter of the plan is known and valid; E201 or E202 before any work is done."""
+    for decision in plan.layers:
+        validated(resolve_format(decision), decision.weight.params, f"format {decision.weight.format}")
+        for step in decision.steps:
+            step_module(step)
+        _encoder(decision)
+        if decision.rank and _encoder(decision).name not in ("loftq",):
+            raise DitcompressError("E202", decision.reason, "rank needs a step that fits low-rank parts", "use loftq")
+
+
+def resolve_format(decision: LayerDecision) -> Any:
+    """The format's module; E201 for an unknown name."""
+    from ..formats.base import registry as formats
+
+    return formats.get(decision.weight.format)
+
+
+def needs(plan: Plan) -> set[str]:
+    """The statistics that the plan's steps and activations read."""
+    found: set[str] = set()
+    for decision in plan.layers:
+        for step in decision.steps:
+            found |= set(registry.get(step.name).NEEDS)
+        if decision.activation.mode == "static":
+            found.add("range")
+    return found
+
+

@@ -1,0 +1,326 @@
+"""The block loop: applies a plan to a checkpoint one block at a time, so memory is bounded by the largest block.
+
+For each block: smoothing vectors are chosen from the weights and statistics, their inverses are folded into the
+producers, then every planned weight is encoded. Finished blocks can be kept in a journal folder, so that an
+interrupted run goes on where it stopped and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .console import Reporter, Silent
+from .errors import DitcompressError
+from .measures import sqnr_db
+from .models.base import Axis, Layout, Site
+from .plan import LayerDecision, Plan
+from .structure import fold_producers, readers
+
+
+class Source(Protocol):
+    """A checkpoint: tensor names and one tensor at a time."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class Sink(Protocol):
+    """Takes the output tensors one by one."""
+
+    def add(self, name: str, tensor: Tensor) -> None: ...
+
+
+class Steps(Protocol):
+    """What the engine needs of `quantize/`, handed in because the engine stands below it."""
+
+    def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None: ...
+
+    def encode(self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What was done to one linear. `bits`: stored bits per weight, scales and low-rank factors included."""
+
+    site: str
+    role: str
+    block: str
+    shape: tuple[int, int]
+    format: str
+    bits: float
+    stored_bytes: int
+    smooth: str
+    rank: int
+    weight_sqnr_db: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The records in forward order, and each site's scheme as it goes into config.json."""
+
+    records: tuple[LayerRecord, ...]
+    schemes: Mapping[str, Mapping[str, Any]]
+
+
+def run(
+    source: Source,
+    layout: Layout,
+    plan: Plan,
+    statistics: Mapping[str, Any],
+    steps: Steps,
+    sink: Sink,
+    *,
+    seed: int = 0,
+    journal: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Write every tensor of the compressed model to `sink`, blocks in forward order, the rest sorted by name.
+
+    `statistics` maps an input key to its statistics and may be empty for weights-only recipes.
+    """
+    reporter = reporter or Silent()
+    worker = _Worker(source, layout, plan.by_site(), statistics, steps, seed)
+    units = [*layout.blocks, ""]
+    records: list[LayerRecord] = []
+    schemes: dict[str, Mapping[str, Any]] = {}
+    with reporter.task("quantize", len(units)) as advance:
+        for number, unit in enumerate(units):
+            stored = _load_unit(journal, number)
+            if stored is None:
+                stored = worker.unit(unit)
+                _save_unit(journal, number, stored)
+            tensors, unit_records, unit_schemes = stored
+            for name in sorted(tensors):
+                sink.add(name, tensors[name])
+            if unit == "":
+                _copy_rest(source, layout, worker.written, sink)
+            records += unit_records
+            schemes |= unit_schemes
+            advance(1)
+    order = {site.name: index for index, site in enumerate(layout.sites)}
+    return Outcome(tuple(sorted(records, key=lambda r: order[r.site])), schemes)
+
+
+Unit = tuple[dict[str, Tensor], list[LayerRecord], dict[str, dict[str, Any]]]
+
+
+def _names(source: Source, layout: Layout, unit: str) -> list[str]:
+    """Tensors of one block, or ("") those of no block."""
+    if unit:
+        return [name for name in source.tensors if name.startswith(unit + ".")]
+    prefixes = tuple(block + "." for block in layout.blocks)
+    return [name for name in source.tensors if not name.startswith(prefixes)]
+
+
+def _copy_rest(source: Source, layout: Layout, written: set[str], sink: Sink) -> None:
+    """Tensors outside the blocks that no decision touched, streamed one by one."""
+    for name in sorted(_names(source, layout, "")):
+        if name not in written:
+            sink.add(name, source.read(name))
+
+
+@dataclass
+class _Worker:
+    source: Source
+    layout: Layout
+    decisions: Mapping[str, LayerDecision]
+    statistics: Mapping[str, Any]
+    steps: Steps
+    seed: int
+
+    def __post_init__(self) -> None:
+        # tensors outside the blocks that `unit("")` replaces; known without running it, so a resumed run agrees
+        self.written = {
+            f"{site.name}.weight" for site in self.layout.sites if site.name in self.decisions and not site.block
+        }
+
+    def unit(self, unit: str) -> Unit:
+        """All tensors of one block after compression."""
+        sites = [s for s in self.layout.sites if s.block == unit and s.name in self.decisions]
+        if unit:
+            tensors = {name: self.source.read(name) for name in _names(self.source, self.layout, unit)}
+        else:
+            tensors = {f"{site.name}.weight": self.source.read(f"{site.name}.weight") for site in sites}
+        smooth, folded = self._smooth(sites, tensors)
+        tensors = self._fold(tensors, folded, unit)
+        records, schemes = [], {}
+        for site in sites:
+            decision = self.decisions[site.name]
+            weight = tensors.pop(f"{site.name}.weight").float()
+            s, how = smooth.get(site.name, (None, "none"))
+            encoded = self.steps.encode(decision, weight, self.statistics.get(site.input_key), s, self._seed(site))
+            stored = stored_tensors(site.name, encoded, s if how == "online" else None, self._static(decision, site, s))
+            _check(stored)
+            reference = weight if s is None else weight * s
+            records.append(_record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
+            schemes[site.name] = scheme_of(decision, how)
+            tensors |= stored
+        return tensors, records, schemes
+
+    def _seed(self, site: Site) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()[:7], "big")
+
+    def _smooth(
+        self, sites: Sequence[Site], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[Tensor, str]], list[tuple[Axis, Tensor]]]:
+        """Smoothing vector and "fold" or "online" for each smoothed site, and the folds to make."""
+        groups: dict[str, list[Site]] = {}
+        for site in sites:
+            if self.decisions[site.name].smooth != "none":
+                groups.setdefault(site.input_key, []).append(site)
+        chosen: dict[str, tuple[Tensor, str]] = {}
+        folds = []
+        for key, members in groups.items():
+            decisions = [self.decisions[site.name] for site in members]
+            weights = [tensors[f"{site.name}.weight"].float() for site in members]
+            s = self.steps.prepare(decisions, weights, self.statistics.get(key))
+            if s is None:
+                continue
+            axis = self._foldable(members)
+            if axis is not None:
+                folds.append((axis, s))
+            for site in members:
+                chosen[site.name] = (s.float(), "online" if axis is None else "fold")
+        return chosen, folds
+
+    def _foldable(self, members: Sequence[Site]) -> Axis | None:
+        """The axis that absorbs the smoothing of `members`, or None: then every member divides its input itself.
+
+        A fold is exact only when every reader of the axis is smoothed by the same vector, reads nothing else, and
+        the producer belongs to the same block (a producer outside it would tie blocks together).
+        """
+        if any(self.decisions[site.name].smooth != "fold" or len(site.reads) != 1 for site in members):
+            return None
+        axis = self.layout.axes.get(members[0].reads[0])
+        if axis is None or not axis.fold:
+            return None
+        same = {site.name for site in readers(self.layout, axis.name)} == {site.name for site in members}
+        inside = all(fold.tensor.startswith(members[0].block + ".") for fold in axis.fold)
+        return axis if same and inside and members[0].block else None
+
+    def _fold(self, tensors: dict[str, Tensor], folds: Sequence[tuple[Axis, Tensor]], unit: str) -> dict[str, Tensor]:
+        """Producers absorb the smoothing. Their arithmetic is float64; what stays a plain tensor is stored as float32
+        when it is a bias (few bytes) and in its own dtype when it is a matrix."""
+        touched = {fold.tensor for axis, _ in folds for fold in axis.fold}
+        original = {name: tensors[name].dtype for name in touched}
+        wide = {name: (t.double() if name in touched else t) for name, t in tensors.items()}
+        for axis, s in folds:
+            wide = fold_producers(wide, axis, s)
+        for name in touched:
+            site = name.removesuffix(".weight")
+            narrow = name.endswith(".weight") and site not in self.decisions
+            wide[name] = wide[name].to(original[name] if narrow else torch.float32)
+        return wide
+
+    def _static(self, decision: LayerDecision, site: Site, s: Tensor | None) -> dict[str, Tensor]:
+        """Scale (and zero) of a statically quantized input, from the calibrated range."""
+        spec = decision.activation
+        if spec.mode != "static":
+            return {}
+        statistics = self.statistics.get(site.input_key)
+        if statistics is None:
+            raise DitcompressError("E331", site.name, "static activations need statistics", "calibrate first")
+        divisor = 1 if s is None else s
+        low, high = (statistics.low / divisor).min(), (statistics.high / divisor).max()
+        if spec.symmetric:
+            return {"input_scale": (torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)).reshape(1).float()}
+        scale = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
+        zero = torch.round(-low.clamp_max(0) / scale)
+        return {"input_scale": scale.reshape(1).float(), "input_zero": zero.reshape(1).float()}
+
+
+def stored_tensors(site: str, encoded: Any, smooth: Tensor | None, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that is stored in place of one weight, under its full names."""
+    local = dict(encoded.packed.tensors)
+    if encoded.low_rank is not None:
+        local |= {"low_rank_up": encoded.low_rank[0], "low_rank_down": encoded.low_rank[1]}
+    if smooth is not None:
+        local["smooth"] = smooth.float()
+    local |= extra
+    return {f"{site}.{suffix}": tensor.contiguous() for suffix, tensor in local.items()}
+
+
+def _check(stored: Mapping[str, Tensor]) -> None:
+    """No scale, factor or smoothing vector may be infinite or NaN."""
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise DitcompressError("E701", name, "is not finite after quantization", "smooth less, or keep this layer")
+
+
+def scheme_of(decision: LayerDecision, smooth: str) -> dict[str, Any]:
+    """The JSON form of a decision as config.json holds it."""
+    return {
+        "weight": {"format": decision.weight.format, "params": dict(decision.weight.params)},
+        "activation": asdict(decision.activation),
+        "smooth": smooth,
+        "rank": decision.rank,
+    }
+
+
+def _record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], smooth: str, sqnr: float) -> LayerRecord:
+    size = sum(t.numel() * t.element_size() for t in stored.values())
+    count = site.in_features * site.out_features
+    return LayerRecord(
+        site=site.name,
+        role=site.role,
+        block=site.block,
+        shape=(site.out_features, site.in_features),
+        format=decision.weight.format + str(decision.weight.params.get("bits", "")),
+        bits=8 * size / count,
+        stored_bytes=size,
+        smooth=smooth,
+        rank=decision.rank,
+        weight_sqnr_db=sqnr if abs(sqnr) < float("inf") else None,
+        reason=decision.reason,
+    )
+
+
+def quantization_config(recipe_name: str, outcome: Outcome) -> dict[str, Any]:
+    """What config.json gets: equal schemes are written once and named by number."""
+    numbers: dict[str, str] = {}
+    schemes: dict[str, Any] = {}
+    layers: dict[str, str] = {}
+    for record in outcome.records:
+        scheme = outcome.schemes[record.site]
+        key = json.dumps(scheme, sort_keys=True)
+        if key not in numbers:
+            numbers[key] = str(len(numbers))
+            schemes[numbers[key]] = scheme
+        layers[record.site] = numbers[key]
+    return {"quant_method": "ditcompress", "version": 1, "recipe": recipe_name, "schemes": schemes, "layers": layers}
+
+
+# --- the journal: one file of tensors and one of records for each finished unit ------------------------------------
+
+
+def _load_unit(journal: Path | None, number: int) -> Unit | None:
+    """A finished unit, or None. The records file is renamed into place last, so its presence means both are whole."""
+    if journal is None or not (journal / f"unit-{number:05d}.json").exists():
+        return None
+    facts = json.loads((journal / f"unit-{number:05d}.json").read_text())
+    records = [LayerRecord(**{**r, "shape": tuple(r["shape"])}) for r in facts["records"]]
+    return load_file(journal / f"unit-{number:05d}.safetensors"), records, facts["schemes"]
+
+
+def _save_unit(journal: Path | None, number: int, unit: Unit) -> None:
+    if journal is None:
+        return
+    tensors, records, schemes = unit
+    base = journal / f"unit-{number:05d}"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{base}.part")
+    os.replace(f"{base}.part", f"{base}.safetensors")
+    Path(f"{base}.part").write_text(json.dumps({"records": [asdict(r) for r in records], "schemes": schemes}))
+    os.replace(f"{base}.part", f"{base}.json")

@@ -1,0 +1,73 @@
+"""Quantization of a linear's input: the one place that fixes scales, zeros and rounding.
+
+x: (..., in) float. Symmetric: scale = amax / (2^(b-1) - 1), codes within +-(2^(b-1) - 1). Asymmetric:
+scale = (max - min) / (2^b - 1) over a range that contains 0, integer zero. Per-tensor asymmetric is DiTAS's rule
+(scale = (max - min) / 2^b, no demand on 0), kept because its recipe is faithful.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import ActivationSpec
+
+TINY = 1e-12  # scale of an all-zero token
+
+
+def token_scale(x: Tensor, bits: int) -> Tensor:
+    """Symmetric scale of each token, (..., 1) float32."""
+    return (x.abs().amax(-1, keepdim=True).float() / (2 ** (bits - 1) - 1)).clamp_min(TINY)
+
+
+def quantize_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes int8 (..., in) and scale float32 (..., 1)."""
+    scale = token_scale(x, bits)
+    top = 2 ** (bits - 1) - 1
+    return torch.round(x.float() / scale).clamp_(-top, top).to(torch.int8), scale
+
+
+def quantize_token_asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes shifted to signed int8 (..., in), scale (..., 1) and zero (..., 1) of the shifted codes, both float32:
+    x ~ scale * (code - zero)."""
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
+    levels = 2**bits - 1
+    scale = ((high - low) / levels).clamp_min(TINY)
+    half = 2 ** (bits - 1)
+    zero = torch.round(-low / scale)
+    codes = (torch.round(x / scale) + zero).clamp_(0, levels) - half
+    return codes.to(torch.int8), scale, zero - half
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    """x rounded to its grid, float32. `scale`, `zero`: the calibrated ones of mode "static"."""
+    if spec.mode == "none":
+        return x.float()
+    if spec.mode == "static":
+        return _static(x.float(), spec, scale, zero)
+    if spec.mode == "token":
+        if spec.symmetric:
+            codes, step = quantize_token(x, spec.bits)
+            return codes.float() * step
+        codes, step, shift = quantize_token_asymmetric(x, spec.bits)
+        return (codes.float() - shift) * step
+    return _per_tensor(x.float(), spec)
+
+
+def _static(x: Tensor, spec: ActivationSpec, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    assert scale is not None
+    if zero is None:
+        top = 2 ** (spec.bits - 1) - 1
+        return torch.round(x / scale).clamp(-top, top) * scale
+    return ((torch.round(x / scale) + zero).clamp(0, 2**spec.bits - 1) - zero) * scale
+
+
+def _per_tensor(x: Tensor, spec: ActivationSpec) -> Tensor:
+    if spec.symmetric:
+        top = 2 ** (spec.bits - 1) - 1
+        scale = (x.abs().max() / top).clamp_min(TINY)
+        return torch.round(x / scale).clamp(-top, top) * scale
+    scale = ((x.max() - x.min()) / 2**spec.bits).clamp_min(TINY)
+    zero = torch.round(-x.min() / scale)
+    return ((torch.round(x / scale) + zero).clamp(0, 2**spec.bits - 1) - zero) * scale
