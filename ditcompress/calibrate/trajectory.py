@@ -1,0 +1,136 @@
+"""Sampling trajectories: any adapter through any diffusers scheduler, the same for calibration and evaluation.
+
+Every image has its own noise, and every step of a stochastic sampler its own generator, derived by hashing
+(seed, image, step): results do not depend on batch size, order or which images were made before.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..console import Reporter, Silent
+from .conditions import Conditions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`guidance` 1 (or a model without a null condition) means a single branch."""
+
+    steps: int = 25
+    guidance: float = 1.0
+    seed: int = 0
+    batch: int = 16
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of one batch, in float32. `timestep` is exactly what the model was fed; `model_input` are the latents
+    after the scheduler's scaling; the outputs are before guidance."""
+
+    index: int
+    timestep: Tensor
+    latents: Tensor
+    model_input: Tensor
+    cond_output: Tensor
+    null_output: Tensor | None
+
+
+def generator(seed: int, image: int, step: int = -1) -> torch.Generator:
+    """The generator of one image's start (step -1) or of one of its steps."""
+    digest = hashlib.sha256(f"{seed}/{image}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
+    """Standard normal noise (len(indices), *shape), one generator an image."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, image)) for image in indices])
+
+
+def prepare(scheduler: Any, steps: int, latent_shape: Sequence[int]) -> Any:
+    """A fresh copy of the scheduler with its timesteps set; dynamic shifting gets its image length."""
+    fresh = copy.deepcopy(scheduler)
+    if fresh.config.get("use_dynamic_shifting"):
+        tokens = latent_shape[-1] * latent_shape[-2] / 4
+        config = fresh.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        fresh.set_timesteps(steps, mu=base + (most - base) * (tokens - low) / (high - low))
+    else:
+        fresh.set_timesteps(steps)
+    return fresh
+
+
+def sample(
+    model: nn.Module,
+    adapter: ModuleType,
+    config: Mapping[str, Any],
+    scheduler: Any,
+    conditions: Conditions,
+    sampling: Sampling,
+    *,
+    indices: Sequence[int] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    reporter: Reporter | None = None,
+) -> Tensor:
+    """Latents (or pixels) of the images `indices` (all by default), float32 on CPU, (n, *latent_shape).
+
+    Image i uses condition i and noise i. The scheduler is not modified.
+    """
+    chosen = list(range(conditions.count)) if indices is None else list(indices)
+    results = []
+    with (reporter or Silent()).task("sample", len(chosen)) as advance, torch.no_grad():
+        for start in range(0, len(chosen), sampling.batch):
+            images = chosen[start : start + sampling.batch]
+            results.append(_batch(model, adapter, config, scheduler, conditions.take(images), sampling, images, on_step))
+            advance(len(images))
+    return torch.cat(results)
+
+
+def _batch(
+    model: nn.Module,
+    adapter: ModuleType,
+    config: Mapping[str, Any],
+    scheduler: Any,
+    conditions: Conditions,
+    sampling: Sampling,
+    images: Sequence[int],
+    on_step: Callable[[StepRecord], None] | None,
+) -> Tensor:
+    shape = adapter.latent_shape(config)
+    device = next(model.parameters()).device
+    sampler = prepare(scheduler, sampling.steps, shape)
+    stochastic = "generator" in inspect.signature(sampler.step).parameters
+    latents = initial_noise(shape, sampling.seed, images).to(device)
+    latents = latents * float(getattr(sampler, "init_noise_sigma", 1.0))
+    guided = conditions.null is not None and sampling.guidance != 1
+    for index, time in enumerate(sampler.timesteps):
+        scaled = sampler.scale_model_input(latents, time) if hasattr(sampler, "scale_model_input") else latents
+        timestep = torch.as_tensor(time).to(device).expand(len(images))
+        cond, null = predict_branches(model, adapter, scaled, timestep, conditions, guided)
+        if on_step is not None:
+            on_step(StepRecord(index, torch.as_tensor(time), latents, scaled, cond, null))
+        output = cond if null is None else null + sampling.guidance * (cond - null)
+        extra = {"generator": [generator(sampling.seed, image, index) for image in images]} if stochastic else {}
+        latents = sampler.step(output, time, latents, **extra, return_dict=False)[0].float()
+    return latents.cpu()
+
+
+def predict_branches(
+    model: nn.Module, adapter: ModuleType, latents: Tensor, timestep: Tensor, conditions: Conditions, guided: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Predictions with and (when guided) without the condition, both in one forward pass, float32."""
+    if not guided or conditions.null is None:
+        return adapter.predict(model, latents, timestep, conditions.cond).float(), None
+    both = {name: torch.cat([tensor, conditions.null[name]]) for name, tensor in conditions.cond.items()}
+    output = adapter.predict(model, torch.cat([latents, latents]), torch.cat([timestep, timestep]), both).float()
+    cond, null = output.chunk(2)
+    return cond, null

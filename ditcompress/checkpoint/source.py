@@ -1,0 +1,60 @@
+"""Where tensors come from: a checkpoint on disk, or a diffusers model in memory with the same few methods."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TensorSource(Protocol):
+    """What compression reads: a configuration and tensors by name."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The header of a tensor in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ModuleSource:
+    """A diffusers model in memory as a source; the model is not changed by reading from it."""
+
+    pipeline: Path | None = None
+    scheduler_folder: Path | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        config = dict(model.config)  # type: ignore[arg-type]
+        self.config: dict[str, Any] = {**config, "_class_name": type(model).__name__}
+        self._state = model.state_dict()
+        self.tensors = {name: Shape(t.dtype, tuple(t.shape)) for name, t in sorted(self._state.items())}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names and bytes of every tensor."""
+        digest = hashlib.sha256()
+        for name in self.tensors:
+            digest.update(name.encode())
+            digest.update(self._state[name].detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name].detach().clone()

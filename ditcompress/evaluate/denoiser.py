@@ -1,0 +1,171 @@
+"""T2, the denoiser: teacher-forced error of the prediction on the original's own held-out trajectories, by timestep.
+
+The cheapest sensitive probe there is. The worst timestep is usually at low noise, where the signal is small, so the
+curve is always reported, and the mean is weighted by how strongly the sampler uses each prediction.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibrate.trajectory import StepRecord
+from ..console import Reporter
+from ..measures import ratio_db
+from ..result import Measurement
+from .intervals import bca_interval
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Errors of one branch at the probed steps: `noise` and `signal` (steps, inputs) are squared norms."""
+
+    steps: list[int]
+    timesteps: list[float]
+    weights: np.ndarray  # (steps,) squared sampler coefficient
+    noise: np.ndarray
+    signal: np.ndarray
+    cosine: np.ndarray
+
+
+def sampler_weights(scheduler: Any, steps: int) -> tuple[list[float], np.ndarray]:
+    """Timesteps, and for each step the squared change of the next latent for a unit change of the prediction.
+
+    Measured on the scheduler itself with scalar latents, so it holds for every diffusers scheduler.
+    """
+    weights, times = [], []
+    probe = torch.zeros(1, 1, 1, 1)
+    base = copy.deepcopy(scheduler)
+    base.set_timesteps(steps)
+    count = len(base.timesteps)
+    for index in range(count):
+        moved = []
+        for value in (0.0, 1e-2):
+            trial = copy.deepcopy(scheduler)
+            trial.set_timesteps(steps)
+            if hasattr(trial, "_step_index"):
+                trial._step_index = index if trial.step_index is None else trial.step_index
+            generator = torch.Generator().manual_seed(0)
+            try:
+                out = trial.step(probe + value, trial.timesteps[index], probe, generator=generator, return_dict=False)[0]
+            except TypeError:
+                out = trial.step(probe + value, trial.timesteps[index], probe, return_dict=False)[0]
+            moved.append(out.flatten()[0].item())
+        times.append(float(base.timesteps[index]))
+        weights.append(((moved[1] - moved[0]) / 1e-2) ** 2)
+    return times, np.array(weights)
+
+
+def probed_steps(total: int, wanted: int) -> list[int]:
+    """`wanted` step indices spread over the trajectory, first and last included."""
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(wanted, total))})
+
+
+def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
+    """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch."""
+    settings = subject.settings
+    times, weights = sampler_weights(subject.scheduler, settings.steps)
+    chosen = probed_steps(len(times), settings.timesteps)
+    images = max(1, math.ceil(settings.inputs / len(chosen)))
+    branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])
+    rows: dict[str, list[list[Tensor]]] = {branch: [[] for _ in chosen] for branch in branches}
+    with reporter.task("denoiser (T2)", images) as advance:
+        for start in range(0, images, settings.batch):
+            indices = list(range(start, min(start + settings.batch, images)))
+            records: dict[int, StepRecord] = {}
+
+            def keep(record: StepRecord, records: dict[int, StepRecord] = records) -> None:
+                if record.index in chosen:
+                    records[record.index] = record
+
+            subject.sample(subject.original, indices, on_step=keep)
+            for place, step in enumerate(chosen):
+                for branch in branches:
+                    rows[branch][place].append(_errors(subject, records[step], indices, branch))
+            advance(len(indices))
+    return {
+        branch: Probe(
+            chosen,
+            [times[step] for step in chosen],
+            weights[chosen],
+            *(np.stack([torch.cat(parts)[:, k].numpy() for parts in found]) for k in range(3)),
+        )
+        for branch, found in rows.items()
+    }
+
+
+def _errors(subject: Subject, record: StepRecord, indices: list[int], branch: str) -> Tensor:
+    """(inputs, 3): squared error, squared signal and cosine of each input at one step."""
+    index = torch.tensor(indices)
+    timestep = torch.as_tensor(record.timestep).expand(len(indices))
+    latents, null = record.model_input, branch == "null"
+    reference = subject.predict(subject.original, latents, timestep, index, null).double().flatten(1)
+    output = subject.predict(subject.compressed, latents, timestep, index, null).double().flatten(1)
+    noise, signal = (output - reference).square().sum(1), reference.square().sum(1)
+    cosine = (output * reference).sum(1) / (output.norm(dim=1) * reference.norm(dim=1)).clamp_min(1e-300)
+    return torch.stack([noise, signal, cosine], 1)
+
+
+def measurements(found: dict[str, Probe], seed: int) -> list[Measurement]:
+    """The sampler-weighted SQNR (over inputs and branches) and that of the worst probed timestep."""
+    noise = np.concatenate([p.noise for p in found.values()], 1)
+    signal = np.concatenate([p.signal for p in found.values()], 1)
+    first = next(iter(found.values()))
+    images = noise.shape[1]
+    identical = not noise.any()
+    finite = np.isfinite(noise).all()
+    weights = first.weights if first.weights.sum() > 0 else np.ones_like(first.weights)
+    table = np.concatenate([noise, signal]).T  # (inputs, 2 * steps)
+
+    def weighted(rows: np.ndarray) -> float:
+        n, s = rows[:, : len(weights)].mean(0), rows[:, len(weights) :].mean(0)
+        return ratio_db(float((weights * n).sum() / (weights * s).sum()))
+
+    per_step = [ratio_db(float((n / s).mean())) for n, s in zip(noise, signal, strict=True)]
+    worst = int(np.argmin(per_step))
+    value = low = high = None
+    if finite and not identical:
+        value = weighted(table)
+        low, high = bca_interval(table, weighted, seed) if images > 1 else (None, None)
+    worst_value = None if identical or not finite else per_step[worst]
+    worst_low = worst_high = None
+    if worst_value is not None and images > 1:
+        ratios = (noise[worst] / signal[worst])[:, None]
+        worst_low, worst_high = bca_interval(ratios, lambda r: ratio_db(float(r.mean())), seed)
+    label = f"SQNR at the worst timestep (t = {first.timesteps[worst]:.0f})"
+    return [
+        Measurement("sqnr_weighted", "denoiser SQNR, sampler-weighted", "T2", "dB", True, value, low, high,
+                    n=noise.size, identical=identical, note="" if finite else "outputs are not finite"),
+        Measurement("sqnr_worst", label, "T2", "dB", True, worst_value, worst_low, worst_high, n=images,
+                    identical=identical),
+    ]  # fmt: skip
+
+
+def curve(found: dict[str, Probe]) -> list[dict[str, Any]]:
+    """SQNR over timesteps with the 5 to 95 % band over inputs, one record a branch and timestep."""
+    rows = []
+    for branch, p in found.items():
+        for place, time in enumerate(p.timesteps):
+            each = [ratio_db(float(r)) for r in p.noise[place] / p.signal[place]]
+            low, middle, high = (float(v) for v in np.percentile(each, (5, 50, 95)))
+            rows.append(
+                {
+                    "branch": branch,
+                    "timestep": time,
+                    "sqnr_db": ratio_db(float((p.noise[place] / p.signal[place]).mean())),
+                    "p05": low,
+                    "p50": middle,
+                    "p95": high,
+                    "cosine": float(p.cosine[place].mean()),
+                    "weight": float(p.weights[place]),
+                    "n": int(p.noise.shape[1]),
+                }
+            )
+    return rows

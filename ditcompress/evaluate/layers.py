@@ -1,0 +1,113 @@
+"""T1, layers: how far each compressed linear's output is from the original's when both models see the same latents.
+
+Outputs and not weights are compared, because smoothing changes a weight without changing the function. The error of
+a layer includes what its predecessors added. Diagnostic only: nothing is gated on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate.trajectory import StepRecord
+from ..measures import cosine, sqnr_db
+from ..runtime.linear import PackedLinear, kernel_for
+from .subject import Subject
+
+IMAGES = 4
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """SQNR in dB and cosine of one linear's output; `bits` are stored bits per weight."""
+
+    name: str
+    role: str
+    block: str
+    sqnr_db: float
+    cosine: float
+    bits: float
+    weights: int
+    format: str
+    activation: str
+    kernel: str
+    dead: bool
+
+
+@contextmanager
+def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of the named modules of the next forward pass, float32 on CPU."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output.detach().float().cpu()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_layers(subject: Subject) -> list[LayerOutput]:
+    """One record for each packed linear, in forward order, on a few images in the middle of their trajectory."""
+    packed = {name: m for name, m in subject.compressed.named_modules() if isinstance(m, PackedLinear)}
+    if not packed:
+        return []
+    indices = list(range(min(IMAGES, subject.conditions.count)))
+    middle: dict[int, StepRecord] = {}
+
+    def keep(record: StepRecord) -> None:
+        if record.index == (subject.settings.steps * 3) // 4:
+            middle[0] = record
+
+    subject.sample(subject.original, indices, on_step=keep)
+    record = middle[0]
+    timestep = torch.as_tensor(record.timestep).expand(len(indices))
+    found = {}
+    for key, model in (("original", subject.original), ("compressed", subject.compressed)):
+        with captured(model, list(packed)) as outputs:
+            subject.predict(model, record.model_input, timestep, torch.tensor(indices), False)
+        found[key] = outputs
+    layout = subject.adapter.layout(subject.original)
+    roles = {site.name: (site.role, site.block) for site in layout.sites}
+    order = {site.name: place for place, site in enumerate(layout.sites)}
+    names = sorted((n for n in packed if n in found["original"]), key=lambda n: order.get(n, len(order)))
+    return [_one(name, packed[name], found, roles) for name in names]
+
+
+def _one(
+    name: str, layer: PackedLinear, found: Mapping[str, Mapping[str, Tensor]], roles: Mapping[str, tuple[str, str]]
+) -> LayerOutput:
+    reference, output = found["original"][name], found["compressed"][name]
+    role, block = roles.get(name, ("other", ""))
+    weights = layer.in_features * layer.out_features
+    spec, activation = layer.scheme.weight, layer.scheme.activation
+    rows = output.flatten(0, -2)
+    constant = len(rows) > 1 and bool((rows == rows[0]).all()) and not bool((reference.flatten(0, -2) == reference.flatten(0, -2)[0]).all())
+    return LayerOutput(
+        name=name,
+        role=role,
+        block=block,
+        sqnr_db=sqnr_db(reference, output),
+        cosine=cosine(reference, output),
+        bits=8 * layer.stored_bytes / weights,
+        weights=weights,
+        format=f"{spec.format}{spec.params.get('bits', '')}",
+        activation="float" if activation.mode == "none" else f"int{activation.bits} per {activation.mode}",
+        kernel=kernel_for(layer.scheme, torch.device(subject_device(layer))),
+        dead=constant or not bool(torch.isfinite(output).all()),
+    )
+
+
+def subject_device(layer: PackedLinear) -> str:
+    return next(iter(layer.stored_tensors().values())).device.type
