@@ -52,7 +52,7 @@ class Terminal:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:
-        if self.quiet:
+        if self.quiet or not self.err.is_terminal:
             yield lambda units: None
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,7 +66,7 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, transient=not self.err.is_terminal) as progress:
+        with Progress(*columns, console=self.err, transient=True) as progress:
             bar = progress.add_task(printable(description, 60), total=total, rate="")
 
             def advance(units: int = 1) -> None:

@@ -78,6 +78,8 @@ def _needed(measurement: Measurement, margin: Margin) -> str:
     limit = margin.least if margin.least is not None else margin.most
     if measurement.value is None or measurement.low is None or measurement.high is None or limit is None:
         return "no interval"
+    if measurement.value == 0 and margin.most is not None:
+        return f"at least {math.ceil(300 / margin.most)} pairs are needed"  # rule of three, in per cent
     gap, width = abs(measurement.value - limit), max(measurement.high - measurement.low, 1e-12)
     if gap == 0 or not math.isfinite(width):
         return "the value lies on its margin"

@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import engine
-from .calibrate.collect import CalibrationSettings, collect
-from .calibrate.conditions import Conditions, get_conditions
-from .calibrate.schedulers import load_scheduler
-from .calibrate.statistics import Statistics
-from .calibrate.store import fingerprint, load_statistics, save_statistics
-from .checkpoint.reader import Checkpoint, check_finite
-from .checkpoint.source import ModuleSource
-from .checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
-from .console import Reporter, Silent
-from .errors import DitcompressError
-from .loading import DitcompressConfig, DitcompressQuantizer, apply_schemes, load_model, open_model, register
-from .models import adapter_for
-from .models.base import Layout
-from .plan import Plan
-from .quantize import RecipeSteps, check_plan, needs
-from .recipe import Calibration, Recipe, canonical, data_folder, load_recipe, make_plan
+from .. import engine
+from ..calibrate.collect import CalibrationSettings, collect
+from ..calibrate.conditions import Conditions, get_conditions
+from ..calibrate.schedulers import load_scheduler
+from ..calibrate.statistics import Statistics
+from ..calibrate.store import fingerprint, load_statistics, save_statistics
+from ..checkpoint.reader import Checkpoint, check_finite
+from ..checkpoint.source import ModuleSource
+from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+from ..loading import DitcompressConfig, DitcompressQuantizer, apply_schemes, load_model, open_model, register
+from ..models import adapter_for
+from ..models.base import Layout
+from ..plan import Plan
+from ..quantize import RecipeSteps, check_plan, needs
+from ..recipe import Calibration, Recipe, canonical, data_folder, load_recipe, make_plan
 
 
 @dataclass(frozen=True)
@@ -374,3 +374,47 @@ class _Memory:
         self.tensors[name] = tensor
 
 
+
+
+# --- facts for the command line --------------------------------------------------------------------------------------
+
+
+def quantize_facts(result: QuantizeResult) -> dict[str, Any]:
+    """A result as JSON values."""
+    return {
+        "path": str(result.path),
+        "bits_per_quantized_weight": result.bits,
+        "original_bytes": result.original_bytes,
+        "bytes": result.bytes,
+        "layers": [asdict(record) for record in result.records],
+    }
+
+
+def calibration_plan(path: str | Path, recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `calibrate` would do, from the headers alone."""
+    chosen = load_recipe(recipe, overrides)
+    checkpoint, meta = open_model(path, allow_compressed=False)
+    layout = adapter_for(checkpoint.config).layout(meta)
+    plan = checked_plan(chosen, layout)
+    inputs = {site.input_key: site.in_features for site in layout.sites}
+    return {
+        **(chosen.calibration or Calibration()).model_dump(),
+        "needs": ", ".join(sorted(needs(plan))) or "nothing",
+        "inputs": len(inputs),
+        "gram_bytes": sum(4 * k * k for k in inputs.values()),
+    }
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Validate every step and format of a recipe without a model."""
+    from ..plan import ActivationSpec, LayerDecision
+
+    layers = []
+    for number, rule in enumerate(recipe.rules):
+        if rule.weight is not None and not rule.keep:
+            layers.append(
+                LayerDecision(
+                    "", "", rule.weight.spec(), ActivationSpec(), rule.steps, rule.smooth, rule.rank, f"rule {number + 1}"
+                )
+            )
+    check_plan(Plan(tuple(layers)))

@@ -1,0 +1,115 @@
+"""evaluate, report and demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.writer import output_folder, remove_work, work_folder
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+from ..evaluate import compare
+from ..evaluate.digits import digits_folder
+from ..evaluate.settings import EvaluateSettings
+from ..recipe import data_folder
+from ..report.html import read_report, render, write_report
+from .compress import pick_device, pick_dtype, quantize
+
+
+def parse_margins(texts: Sequence[str]) -> dict[str, float]:
+    """Margins from name=value texts; E203 for anything else."""
+    margins = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        try:
+            margins[name] = float(value)
+        except ValueError:
+            found = ""
+        if not found:
+            raise DitcompressError("E203", f"--margin {text}", "is not name=value", "for example --margin psnr=30")
+    return margins
+
+
+def evaluate(
+    original: str | Path,
+    compressed: str | Path,
+    out: str | Path | None = None,
+    *,
+    conditions: str | Path | None = None,
+    scheduler: str | Path | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    device: str = "auto",
+    dtype: str = "float32",
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compare two checkpoints; with `out` also write report.html and report.json there. Returns the report's JSON.
+
+    `settings` are fields of EvaluateSettings. With `out`, an interrupted run keeps its finished images.
+    """
+    pick_dtype(dtype)
+    asked = EvaluateSettings(device=str(pick_device(device)), dtype=dtype, **settings)
+    lines = (data_folder("calib_data") / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    options: dict[str, Any] = {
+        "scheduler": Path(scheduler) if scheduler else None,
+        "conditions": Path(conditions) if conditions else None,
+        "prompts": [line for line in lines if line and not line.startswith("#")],
+        "command": command,
+        "reporter": reporter or Silent(),
+    }
+    first, second = Path(original), Path(compressed)
+    if out is None:
+        return compare.evaluate(first, second, asked, **options).result.to_json()
+    with output_folder(Path(out), overwrite=overwrite, inputs=[first, second]) as folder:
+        work = work_folder(Path(out), _marks(first, second, asked, options))
+        found = compare.evaluate(first, second, asked, work=work, **options)
+        result = found.result.to_json()
+        write_report(folder, result, found.images)
+    remove_work(work)
+    return result
+
+
+def _marks(original: Path, compressed: Path, settings: EvaluateSettings, options: dict[str, Any]) -> dict[str, Any]:
+    """What the images of an evaluation depend on."""
+    from dataclasses import asdict
+
+    from ..checkpoint.reader import open_checkpoint
+
+    return {
+        "original": open_checkpoint(original).fingerprint,
+        "compressed": open_checkpoint(compressed).fingerprint,
+        "settings": {**asdict(settings), "margins": dict(settings.margins)},
+        "conditions": str(options["conditions"]),
+        "scheduler": str(options["scheduler"]),
+        "torch": torch.__version__,
+    }
+
+
+def report(folder: str | Path, *, write: bool = True) -> dict[str, Any]:
+    """The JSON of a report folder; report.html is rendered again."""
+    result, images = read_report(Path(folder))
+    if write:
+        page = Path(folder) / "report.html"
+        page.write_text(render(result, images), encoding="utf-8")
+    return result
+
+
+def demo(
+    out: str | Path = "ditcompress-demo",
+    *,
+    recipe: str = "w4a8",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """The main job on the embedded model: `out`/model is the compressed pipeline, `out`/report the report."""
+    original, out = digits_folder(), Path(out)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "overwrite": True, "reporter": reporter}
+    made = quantize(original, recipe, out / "model", seed=seed, **options)
+    assert made.path is not None
+    return evaluate(original, made.path, out / "report", pairs=320, guidance=1.5, command="ditcompress demo", **options)

@@ -1,0 +1,130 @@
+"""inspect and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import output_folder
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+from ..export import registry as exporters
+from ..loading import meta_model, open_model
+from ..models import account, adapter_for, build_meta
+from ..runtime.linear import PackedLinear
+from .compress import pick_dtype
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Architecture, blocks, roles, bytes and bits of a checkpoint, from its headers. The roles cover every tensor."""
+    checkpoint, model = open_model(path)
+    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    empty = build_meta(plain)
+    adapter = adapter_for(plain)
+    layout = adapter.layout(empty)
+    blocks: dict[str, int] = {}
+    for block in layout.blocks:
+        blocks[block.rpartition(".")[0]] = blocks.get(block.rpartition(".")[0], 0) + 1
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    weights = sum(m.in_features * m.out_features for m in packed.values())
+    stored = sum(m.stored_bytes for m in packed.values())
+    return {
+        "name": Path(path).name,
+        "class": checkpoint.class_name,
+        "adapter": adapter.__name__.rpartition(".")[2],
+        "blocks": blocks,
+        "parameters": sum(p.numel() for p in empty.parameters()),
+        "bytes": checkpoint.total_bytes,
+        "recipe": (checkpoint.quantization or {}).get("recipe", ""),
+        "bits": 8 * stored / weights if weights else None,
+        "roles": _roles(checkpoint, empty, layout),
+        "layers": [_layer(checkpoint, site, packed.get(site.name)) for site in layout.sites],
+    }
+
+
+def _roles(checkpoint: Checkpoint, empty: Any, layout: Any) -> list[dict[str, Any]]:
+    """Parameters and stored bytes by role; the parameters are those of the plain model, to the last one."""
+    owner = {entry.name: entry.role for entry in account(empty, layout)}
+    sites = {site.name: site.role for site in layout.sites}
+    table: dict[str, list[int]] = {}
+    total = 0
+    for entry in account(empty, layout):
+        row = table.setdefault(entry.role, [0, 0, 0])
+        row[0] += 1
+        row[1] += entry.params
+        total += entry.params
+    for name, header in checkpoint.tensors.items():
+        role = owner.get(name) or sites.get(name.rpartition(".")[0]) or "other"
+        table.setdefault(role, [0, 0, 0])[2] += header.stop - header.start
+    return [
+        {"role": role, "tensors": n, "parameters": p, "share": p / total, "bytes": b, "bits": 8 * b / p if p else 0.0}
+        for role, (n, p, b) in sorted(table.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def _layer(checkpoint: Checkpoint, site: Any, packed: PackedLinear | None) -> dict[str, Any]:
+    if packed is None:
+        entry = checkpoint.tensors[f"{site.name}.weight"]
+        done, bits = f"kept, {str(entry.dtype).removeprefix('torch.')}", 8.0 * entry.dtype.itemsize
+    else:
+        scheme = packed.scheme
+        spec, activation = scheme.weight, scheme.activation
+        parts = [f"{spec.format}{spec.params.get('bits', '')} {spec.params.get('layout', '')}".strip()]
+        parts.append("float input" if activation.mode == "none" else f"int{activation.bits} input per {activation.mode}")
+        parts += [f"smoothing {scheme.smooth}"] if scheme.smooth != "none" else []
+        parts += [f"rank {scheme.rank}"] if scheme.rank else []
+        done, bits = ", ".join(parts), 8 * packed.stored_bytes / (packed.in_features * packed.out_features)
+    return {
+        "name": site.name,
+        "role": site.role,
+        "block": site.block,
+        "shape": [site.out_features, site.in_features],
+        "bits": bits,
+        "done": done,
+    }
+
+
+def export(
+    folder: str | Path,
+    out: str | Path,
+    format: str = "diffusers",
+    *,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write a compressed model in another format; facts about what was written. E205 for a model that is not ours."""
+    reporter = reporter or Silent()
+    exporter = exporters.get(format)
+    checkpoint, _ = open_model(folder)
+    if checkpoint.quantization is None:
+        raise DitcompressError("E205", folder, "is not compressed", "give the output of `ditcompress quantize`")
+    target = Path(out)
+    facts = {"format": format, "out": str(out)}
+    if dry_run:
+        return {**facts, "layers": len(meta_layers(checkpoint)), "written": False}
+    if exporter.NEEDS_FOLDER:
+        with output_folder(target, overwrite=overwrite, inputs=[Path(folder)]) as partial:
+            facts |= exporter.export(checkpoint, partial, pick_dtype(dtype))
+        return facts
+    target = target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+    if target.exists() and not overwrite:
+        raise DitcompressError("E501", target, "exists already", "give --overwrite or another --out")
+    with output_folder(target.with_name(f".{target.name}.export"), overwrite=True) as partial:
+        facts |= exporter.export(checkpoint, partial / target.name, pick_dtype(dtype))
+        (partial / target.name).replace(target)
+    _remove_folder(target.with_name(f".{target.name}.export"))
+    return {**facts, "out": str(target)}
+
+
+def _remove_folder(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def meta_layers(checkpoint: Checkpoint) -> list[str]:
+    """Names of the packed linears."""
+    return [name for name, module in meta_model(checkpoint.config).named_modules() if isinstance(module, PackedLinear)]

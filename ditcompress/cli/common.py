@@ -1,0 +1,131 @@
+"""What every command shares: its options, its reporter, and how failures become one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..console import Silent, Terminal, print_error, print_json
+from ..errors import DitcompressError, printable
+
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the forward passes.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result in the output folder.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe value: key=value (repeatable).")]
+Conditions = Annotated[Path | None, typer.Option(help="Safetensors file with the model's forward arguments.")]
+Scheduler = Annotated[Path | None, typer.Option(help="Folder with a scheduler_config.json.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Model or pipeline folder, .safetensors or DiT .pt.")]
+
+
+def reporter(quiet: bool, as_json: bool) -> Terminal | Silent:
+    """Progress and notes on stderr, unless they were not wanted."""
+    return Silent() if quiet or as_json and not sys.stderr.isatty() else Terminal()
+
+
+@contextmanager
+def command(as_json: bool, debug: bool) -> Iterator[None]:
+    """Quiet dependencies, and every failure as one line (or one JSON object) on stderr and its exit code."""
+    if not debug:
+        hush()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BaseException as error:
+        raise typer.Exit(report_failure(error, as_json, debug)) from None
+
+
+def report_failure(error: BaseException, as_json: bool, debug: bool) -> int:
+    """Print `error` and give the exit code of the process."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if debug and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        print_error("interrupted: run the same command again to go on")
+        return 130
+    if isinstance(error, SystemExit):
+        return int(error.code or 0)
+    known = _as_ours(error)
+    if known is not None:
+        _print_known(known, as_json)
+        return known.exit_code
+    text = f"error[E100 internal]: {type(error).__name__}: {printable(error, 200)}; please report it (--debug shows where)."
+    print_error(text)
+    return 1
+
+
+def _print_known(error: DitcompressError, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print_error(json.dumps(error.to_dict()))
+    else:
+        print_error(error.line())
+
+
+def _as_ours(error: BaseException) -> DitcompressError | None:
+    """Failures of the machine as errors of ours."""
+    if isinstance(error, DitcompressError):
+        return error
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "can't allocate memory" in str(error):
+        return DitcompressError("E602", "memory", "there is not enough of it", "lower calibration.samples or use a smaller --batch")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DitcompressError("E601", error.filename or "output", "the disk is full", "free some space")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return DitcompressError("E603", error.filename or "output", "permission denied", "choose another folder")
+    return None
+
+
+def _terminated(*_: Any) -> None:
+    print_error("terminated: run the same command again to go on")
+    raise SystemExit(143)
+
+
+def hush() -> None:
+    """Keep the import chatter of dependencies off the terminal."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.disable(logging.WARNING)
+    with contextlib.suppress(ValueError):
+        logging.captureWarnings(True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
+    """`value` as JSON, or what `show` prints."""
+    if as_json:
+        print_json(value)
+    else:
+        show()

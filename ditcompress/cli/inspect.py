@@ -1,0 +1,53 @@
+"""inspect: what a checkpoint is made of, and what was done to it; reads headers, never weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..console import print_table, print_text
+from . import common
+from .common import Checkpoint, Debug, Device, Dtype, Json, Quiet, Seed
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    layers: Annotated[bool, typer.Option("--layers", help="List every linear, not only the roles.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Architecture, blocks, roles, parameters, bytes and bits; for a compressed model also what was done to each layer."""
+    with common.command(as_json, debug):
+        from .. import api
+
+        facts = api.inspect(checkpoint)
+        common.emit(as_json, facts, lambda: _show(facts, layers))
+
+
+def _show(facts: dict[str, Any], layers: bool) -> None:
+    head = [
+        ["class", facts["class"]],
+        ["adapter", facts["adapter"]],
+        ["blocks", ", ".join(f"{n} x {name}" for name, n in facts["blocks"].items())],
+        ["parameters", f"{facts['parameters']:,}"],
+        ["tensor bytes", common.size(facts["bytes"])],
+    ]
+    if facts["recipe"]:
+        head.append(["compressed with", facts["recipe"]])
+        head.append(["bits per quantized weight", f"{facts['bits']:.3f}"])
+    print_table(facts["name"], ["what", "value"], head)
+    rows = [
+        [r["role"], r["tensors"], f"{r['parameters']:,}", f"{100 * r['share']:.1f} %", common.size(r["bytes"]), f"{r['bits']:.2f}"]
+        for r in facts["roles"]
+    ]
+    print_table("by role (all parameters)", ["role", "tensors", "parameters", "share", "bytes", "bits"], rows)
+    if layers:
+        table = [[x["name"], x["role"], "x".join(map(str, x["shape"])), f"{x['bits']:.2f}", x["done"]] for x in facts["layers"]]
+        print_table("linears", ["name", "role", "out x in", "bits", "what was done"], table)
+    else:
+        print_text("every linear: --layers")

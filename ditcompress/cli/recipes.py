@@ -1,0 +1,81 @@
+"""recipes list, show, validate; explain."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..console import print_table, print_text
+from . import common
+from .common import Debug, Json, Quiet, Set
+
+app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")]
+
+
+@app.command("list")
+def list_(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Every shipped recipe with one line of description."""
+    with common.command(as_json, debug):
+        from ..recipe import load_recipe, recipe_files
+
+        recipes = [load_recipe(name) for name in recipe_files()]
+        value = [{"name": r.name, "description": r.description, "source": r.source} for r in recipes]
+        rows = [[r.name, "faithful" if r.source else "ours", r.description] for r in recipes]
+        common.emit(as_json, value, lambda: print_table("recipes", ["name", "kind", "description"], rows))
+
+
+@app.command("show")
+def show(name: Name, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """The text of a recipe."""
+    with common.command(as_json, debug):
+        from pathlib import Path
+
+        from ..recipe import load_recipe, recipe_files
+
+        recipe = load_recipe(name)
+        path = recipe_files().get(name, Path(name))
+        common.emit(as_json, recipe.to_json(), lambda: print_text(path.read_text(encoding="utf-8").rstrip()))
+
+
+@app.command("validate")
+def validate(name: Name, set_: Set = None, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Check a recipe: its keys, its steps and formats and their parameters."""
+    with common.command(as_json, debug):
+        from ..api import check_recipe
+        from ..recipe import load_recipe
+
+        recipe = load_recipe(name, set_ or ())
+        check_recipe(recipe)
+        value = {"name": recipe.name, "rules": len(recipe.rules), "valid": True}
+        common.emit(as_json, value, lambda: print_text(f"{recipe.name}: valid, {len(recipe.rules)} rules"))
+
+
+def explain(
+    name: Annotated[str, typer.Argument(help="Name of a quantization step or a number format.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """What a step or a format does, and its parameters."""
+    with common.command(as_json, debug):
+        from ..errors import DitcompressError
+        from ..formats.base import registry as formats
+        from ..quantize.base import registry as steps
+        from ..registry import nearest
+
+        found = [registry for registry in (steps, formats) if name in registry.names()]
+        if not found:
+            raise DitcompressError("E201", name, "is neither a step nor a format", nearest(name, [*steps.names(), *formats.names()]))
+        module = found[0].get(name)
+        fields: dict[str, Any] = module.Params.model_fields
+        params = {key: str(field.default) for key, field in fields.items()}
+        value = {"name": name, "kind": found[0].kind, "text": module.__doc__, "parameters": params, "about": module.Params.__doc__}
+
+        def text() -> None:
+            print_text(f"{name} ({found[0].kind})\n\n{(module.__doc__ or '').strip()}\n")
+            print_text((module.Params.__doc__ or "").strip())
+            print_table("parameters", ["name", "default"], [*params.items()])
+
+        common.emit(as_json, value, text)

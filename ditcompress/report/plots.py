@@ -1,0 +1,116 @@
+"""Plots and images of the report, as data: URIs. Colours come from one colour-blind-safe list; backgrounds are transparent
+with mid-grey text, so that one picture serves light and dark pages."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from torch import Tensor
+
+ROLE_COLOURS = {
+    "qkv": "#0072B2", "attn_out": "#56B4E9", "ffn_in": "#D55E00", "ffn_out": "#E69F00",
+    "modulation": "#009E73", "time_embedding": "#CC79A7", "other": "#888888",
+}  # fmt: skip
+INK = "#7b8490"
+_STYLE = {
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "grid.alpha": 0.25,
+    "svg.hashsalt": "ditcompress",
+}  # fmt: skip
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return _uri(buffer.getvalue(), "svg+xml")
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=(6.4, 3.2))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True)
+    return figure, axes
+
+
+def sqnr_over_time(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """SQNR against the timestep with the 5 to 95 % band, one line a branch."""
+    drawn = [r for r in rows if r["sqnr_db"] is not None]
+    if not drawn:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("timestep (noise grows to the right)", "SQNR, dB")
+        for branch, colour in (("cond", "#0072B2"), ("null", "#D55E00")):
+            part = sorted((r for r in drawn if r["branch"] == branch), key=lambda r: r["timestep"])
+            if part:
+                t = [r["timestep"] for r in part]
+                axes.fill_between(t, [r["p05"] for r in part], [r["p95"] for r in part], color=colour, alpha=0.15, lw=0)
+                axes.plot(t, [r["sqnr_db"] for r in part], "o-", color=colour, ms=4, label="conditional" if branch == "cond" else "null")
+        axes.legend()
+        return _svg(figure)
+
+
+def layer_sqnr(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    """Layer SQNR sorted, coloured by role."""
+    drawn = sorted((x for x in layers if x["sqnr_db"] is not None), key=lambda x: x["sqnr_db"])
+    if not drawn:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("linears, worst first", "output SQNR, dB")
+        for role in dict.fromkeys(x["role"] for x in drawn):
+            places = [i for i, x in enumerate(drawn) if x["role"] == role]
+            values = [drawn[i]["sqnr_db"] for i in places]
+            axes.scatter(places, values, s=14, color=ROLE_COLOURS.get(role, ROLE_COLOURS["other"]), label=role)
+        axes.legend(fontsize=8, ncols=2)
+        return _svg(figure)
+
+
+def layer_bits(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    """Stored bits of each linear in forward order, coloured by role."""
+    if not layers:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("linears, in forward order", "stored bits per weight")
+        colours = [ROLE_COLOURS.get(x["role"], ROLE_COLOURS["other"]) for x in layers]
+        axes.bar(range(len(layers)), [x["bits"] for x in layers], width=1.0, color=colours)
+        return _svg(figure)
+
+
+def psnr_distribution(values: Sequence[float | None]) -> str | None:
+    """Share of pairs at or below a PSNR."""
+    found = np.sort([v for v in values if v is not None])
+    if len(found) < 2:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("paired PSNR, dB", "share of pairs")
+        axes.step(found, np.arange(1, len(found) + 1) / len(found), where="post", color="#0072B2")
+        axes.set_ylim(0, 1)
+        return _svg(figure)
+
+
+def picture(image: Tensor, low: float, high: float, size: int = 96) -> str:
+    """An image (channels, height, width) with [low, high] shown as black to white; latents show their first channels."""
+    from PIL import Image
+
+    data = ((image[:3] if image.shape[0] >= 3 else image[:1]) - low) / max(high - low, 1e-12)
+    pixels = (data.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    shown = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    scale = max(1, size // max(shown.size))
+    shown = shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    shown.save(buffer, format="PNG", optimize=True)
+    return _uri(buffer.getvalue(), "png")
