@@ -40,7 +40,7 @@ class Calibration(_Strict):
     policy: Literal["uniform", "all", "normal"] = "uniform"
     buckets: int = Field(8, ge=1, le=1000)
     reservoir: int = Field(1024, ge=0, le=1_000_000)
-    weighting: Literal["none", "gain"] = "none"
+    weighting: Literal["none", "fisher"] = "none"
 
 
 class Weight(BaseModel):

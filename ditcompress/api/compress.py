@@ -33,7 +33,7 @@ from ..loading import DitcompressConfig, DitcompressQuantizer, apply_schemes, lo
 from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
-from ..quantize import RecipeSteps, check_plan, needs
+from ..quantize import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, data_folder, load_recipe, make_plan
 
 
@@ -262,6 +262,7 @@ def quantize(
         found = _statistics_for(
             plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter
         )
+        plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
         marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed, "torch": torch.__version__,
                  "statistics": "" if found is None else found.digest}  # fmt: skip
         journal = work_folder(target, marks, restart=restart)
@@ -350,6 +351,7 @@ def _quantize_module(
         statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
     inputs = statistics.inputs if statistics is not None else {}
+    plan = choose(plan, layout, source.read, inputs)
     outcome = engine.run(source, layout, plan, inputs, RecipeSteps(), sink, seed=seed, reporter=reporter)
     compressed = copy.deepcopy(model)
     fields = engine.quantization_config(recipe.name, outcome)

@@ -1,9 +1,9 @@
 """The calibration pass: the model runs along its own sampling trajectories, hooks gather what the methods need.
 
 Every linear input is seen at both guidance branches. Image batches use slightly different numbers of steps, so the
-timesteps are not only those of one sampler setting. With weighting "gain" the Gram matrix counts a timestep by how
-much a small disturbance of the linears hurts the output there: low-noise steps are fragile and rounding must respect
-them first (measured: +1.2 dB output SQNR at W4 on a 28-block DiT).
+timesteps are not only those of one sampler setting. With weighting "fisher" the Gram matrices count every token by how
+strongly the model's output depends on it (sensitivity.py): low-noise steps are fragile, and rounding must respect
+them first.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from ..checkpoint.writer import save_atomic
 from ..console import Reporter, Silent
 from ..models.base import Layout
 from .conditions import Conditions
+from .sensitivity import token_weights
 from .statistics import InputStatistics, Statistics, flatten, keep_best, unflatten
-from .trajectory import Sampling, StepRecord, generator, predict_branches, prepare, sample
+from .trajectory import Sampling, StepRecord, generator, prepare, sample
 
 GRAM_TOKENS = 2048  # tokens of one forward that enter a Gram matrix: far more than channels over a whole pass
-PROBE_IMAGES = 4
-DISTURBANCE = 0.02  # relative noise on the outputs of the linears when the gain is measured
-GAIN_POWER = 0.75
+FISHER_IMAGES, FISHER_CHUNK = 8, 4  # images of a batch that get a backward pass, and how many at once
 STEP_OFFSETS = (0, -1, 1, -2, 2)
 SAVE_EVERY_S = 20.0
 
@@ -46,7 +45,7 @@ class CalibrationSettings:
     policy: Literal["uniform", "all", "normal"] = "uniform"
     buckets: int = 8
     reservoir: int = 1024
-    weighting: Literal["none", "gain"] = "none"
+    weighting: Literal["none", "fisher"] = "none"
     seed: int = 0
     batch: int = 16
     grams: bool = True
@@ -60,14 +59,13 @@ class _Collector:
         self.inputs: dict[str, InputStatistics] = {}
         self.similarity: dict[str, Tensor] = {}
         self.bucket = 0
-        self.weight = 1.0
         self.rows: Tensor | None = None  # images of the batch that count at this step; None: all
         self.source = torch.Generator()
         self.active = False
 
-    def begin(self, bucket: int, weight: float, rows: Tensor | None, seed: int) -> None:
+    def begin(self, bucket: int, rows: Tensor | None, seed: int) -> None:
         """What the next forward pass counts as."""
-        self.bucket, self.weight, self.rows, self.active = bucket, weight, rows, True
+        self.bucket, self.rows, self.active = bucket, rows, True
         self.source.manual_seed(seed)
 
     def see(self, key: str, x: Tensor) -> None:
@@ -91,9 +89,11 @@ class _Collector:
         offset = int(torch.randint(len(tokens), (1,), generator=self.source))
         stride = max(1, len(tokens) // GRAM_TOKENS)
         part = tokens[offset % stride :: stride]
-        scale = self.weight * len(tokens) / len(part)
+        scale = len(tokens) / len(part)
         gram = None
-        if settings.grams:
+        if settings.grams and settings.weighting == "fisher":
+            gram = torch.zeros(channels, channels)  # filled by `weigh`
+        elif settings.grams:
             with torch.autocast(tokens.device.type, enabled=False):  # a bfloat16 product would not be semidefinite
                 gram = ((part.T @ part) * scale).cpu()
         quota = self._quota()
@@ -103,6 +103,16 @@ class _Collector:
             gram, tokens[pick].cpu(), torch.full((len(pick),), self.bucket, dtype=torch.int32),
             torch.rand(len(pick), generator=self.source),
         )  # fmt: skip
+
+    def weigh(self, key: str, x: Tensor, weight: Tensor) -> None:
+        """Add x^T diag(weight) x to the Gram matrix of an input (..., K) with token weights (...)."""
+        known = self.inputs.get(key)
+        if known is None or known.gram is None:
+            return
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            scaled = tokens * weight.reshape(-1, 1).float()
+            known.gram.add_((tokens.T @ scaled).cpu())
 
     def _quota(self) -> int:
         return -(-self.settings.reservoir // self.settings.buckets)
@@ -201,7 +211,6 @@ class _Run:
     def __post_init__(self) -> None:
         self.collector = _Collector(self.settings)
         self.timesteps: list[list[float]] = []
-        self.gains: list[tuple[float, float]] = []  # (timestep, relative output error), from the first batch
         self.range = float(self.scheduler.config.get("num_train_timesteps", 1000))
         given = self.settings.guidance
         self.guidance = self.adapter.default_guidance(self.config) if given is None else given
@@ -225,48 +234,34 @@ class _Run:
         plan.begin(0)
 
         def on_step(record: StepRecord) -> None:
-            self.collector.active = False
+            if self.settings.weighting == "fisher":
+                self.weigh(record, images, plan.seed(record.index))
             advance(1)
             if record.index + 1 < len(plan.times):
                 plan.begin(record.index + 1)
 
-        if self.settings.weighting == "gain" and number == 0:
-            self._measure_gains(sampling, images)
         try:
             sample(self.model, self.adapter, self.config, self.scheduler, self.conditions, sampling, indices=images, on_step=on_step)
         finally:
             self.collector.active = False
 
-    def _measure_gains(self, sampling: Sampling, images: list[int]) -> None:
-        """The gain of every step, along the trajectory of a few images, before anything is counted."""
-        few = images[:PROBE_IMAGES]
-        conditions = self.conditions.take(few)
+    def weigh(self, record: StepRecord, images: list[int], seed: int) -> None:
+        """Add this step's sensitivity-weighted Gram matrices, a few images at a time."""
+        self.collector.active = False
         guided = self.conditions.null is not None and self.guidance != 1
-
-        def probe(record: StepRecord) -> None:
-            timestep = record.timestep.to(record.model_input.device).expand(len(few))
-            with disturbed(self.model, self.layout, self.settings.seed + record.index):
-                cond, null = predict_branches(self.model, self.adapter, record.model_input, timestep, conditions, guided)
-            pairs = [(cond, record.cond_output)] + ([(null, record.null_output)] if null is not None else [])
-            error = torch.stack([relative_error(b, a) for a, b in pairs if a is not None and b is not None])
-            self.gains.append((float(record.timestep), float(error.mean())))
-
-        sample(self.model, self.adapter, self.config, self.scheduler, self.conditions, sampling, indices=few, on_step=probe)
-
-    def weight(self, timestep: float) -> float:
-        """How much a timestep counts in the Gram matrices, 1 on average."""
-        if not self.gains:
-            return 1.0
-        points = sorted(self.gains)
-        values = torch.tensor([g for _, g in points], dtype=torch.float64).clamp_min(1e-12) ** GAIN_POWER
-        mean = values.mean()
-        times = torch.tensor([t for t, _ in points], dtype=torch.float64)
-        place = int(torch.searchsorted(times, torch.tensor(timestep, dtype=torch.float64)))
-        if place == 0 or place == len(times):
-            return float(values[min(place, len(times) - 1)] / mean)
-        share = (timestep - times[place - 1]) / (times[place] - times[place - 1]).clamp_min(1e-12)
-        log = values[place - 1].log() * (1 - share) + values[place].log() * share
-        return float(log.exp() / mean)
+        for start in range(0, min(len(images), FISHER_IMAGES), FISHER_CHUNK):
+            few = images[start : start + FISHER_CHUNK]
+            given = self.conditions.take(few)
+            latents = record.model_input[start : start + FISHER_CHUNK]
+            cond = dict(given.cond)
+            if guided and given.null is not None:
+                cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
+                latents = torch.cat([latents, latents])
+            timestep = record.timestep.to(latents.device).expand(len(latents))
+            found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed + start)
+            for key, parts in found.items():
+                for x, weight in parts:
+                    self.collector.weigh(key, x, weight)
 
     def bucket(self, index: int, steps: int, timestep: float) -> int:
         """The step itself where there is a bucket for each, else an equal part of the time range."""
@@ -279,12 +274,12 @@ class _Run:
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}
         for value in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
             _fill_empty(value)
-        meta = {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps, "gains": self.gains}
+        meta = {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps}
         return Statistics(inputs, blocks, meta)
 
     def save(self, journal: Path, done: int) -> None:
         part = Statistics(self.collector.inputs, self.collector.similarity)
-        save_atomic(journal / "state.safetensors", flatten(part), {"done": done, "timesteps": self.timesteps, "gains": self.gains})
+        save_atomic(journal / "state.safetensors", flatten(part), {"done": done, "timesteps": self.timesteps})
 
     def restore(self, journal: Path | None) -> int:
         """Number of batches that are already counted."""
@@ -297,7 +292,7 @@ class _Run:
             facts = json.loads(file.metadata()["ditcompress"])
         part = unflatten(load_file(path), {})
         self.collector.inputs, self.collector.similarity = part.inputs, part.blocks
-        self.timesteps, self.gains = facts["timesteps"], [tuple(g) for g in facts["gains"]]
+        self.timesteps = facts["timesteps"]
         return int(facts["done"])
 
 
@@ -326,33 +321,11 @@ class _Steps:
         if self.rows is not None:
             guided = run.conditions.null is not None and run.guidance != 1
             rows = self.rows[index].repeat(2) if guided else self.rows[index]
-        seed = int.from_bytes(f"{self.number:08x}{index:08x}".encode()[-7:], "big")
-        run.collector.begin(run.bucket(index, len(self.times), timestep), run.weight(timestep), rows, seed)
+        run.collector.begin(run.bucket(index, len(self.times), timestep), rows, self.seed(index))
 
-
-class disturbed:
-    """Within this context every linear of the blocks adds seeded noise of 2 % of its output's size."""
-
-    def __init__(self, model: nn.Module, layout: Layout, seed: int) -> None:
-        self.modules = [model.get_submodule(s.name) for s in layout.sites if s.block]
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __enter__(self) -> None:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            noise = torch.randn(output.shape, generator=self.generator).to(output.device, output.dtype)
-            return output + DISTURBANCE * output.float().square().mean().sqrt().to(output.dtype) * noise
-
-        self.handles = [module.register_forward_hook(hook) for module in self.modules]
-
-    def __exit__(self, *args: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def relative_error(reference: Tensor, output: Tensor) -> Tensor:
-    """Mean over samples of the relative squared error."""
-    a, b = reference.double().flatten(1), output.double().flatten(1)
-    return ((b - a).square().sum(1) / a.square().sum(1).clamp_min(1e-300)).mean()
+    def seed(self, index: int) -> int:
+        """A seed of its own for every batch and step."""
+        return (self.run.settings.seed * 1_000_003 + self.number) * 10_007 + index
 
 
 def _fill_empty(value: InputStatistics) -> None:

@@ -236,9 +236,9 @@ def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def copy_pipeline(pipeline: Path, partial: Path, component: str) -> None:
-    """Copy every other component of a pipeline folder; links are refused (E402)."""
+    """Copy model_index.json and the folder of every other component; links are refused (E402)."""
     for path in sorted(pipeline.iterdir()):
-        if path.name in (component, "manifest.json") or path.name.startswith("."):
+        if path.name == component or path.name.startswith(".") or not (path.is_dir() or path.name == "model_index.json"):
             continue
         if path.is_symlink() or any(p.is_symlink() for p in path.rglob("*")):
             raise DitcompressError("E402", path, "holds symbolic links", "copy the pipeline with its files (cp -rL)")

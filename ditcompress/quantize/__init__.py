@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DitcompressError
+from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from .base import Encoded, Group, Layer, registry, step_module, validated
 
-__all__ = ["RecipeSteps", "check_plan", "needs", "registry"]
+__all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
 
 class RecipeSteps:
@@ -33,6 +34,23 @@ class RecipeSteps:
         layer = Layer(decision, weight, statistics, smooth, generator)
         module, params = step_module(_encoder(decision))
         return module.encode(layer, params)
+
+
+def choose(plan: Plan, layout: Layout, read: Callable[[str], Tensor], statistics: Mapping[str, Any]) -> Plan:
+    """The plan after every step with a `choose` phase has decided from weights and statistics.
+
+    `read` gives the tensor of a name. Such a step is asked once, about the whole plan.
+    """
+    keys = {site.name: site.input_key for site in layout.sites}
+    asked: set[str] = set()
+    for decision in plan.layers:
+        for step in decision.steps:
+            module, params = step_module(step)
+            if step.name not in asked and hasattr(module, "choose"):
+                asked.add(step.name)
+                by_site = {d.site: statistics.get(keys[d.site]) for d in plan.layers}
+                plan = Plan(tuple(module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)))
+    return plan
 
 
 def _encoder(decision: LayerDecision) -> Any:

@@ -1,8 +1,9 @@
 """What a quantization step is given and gives back. Steps are pure; the engine owns files, order and memory.
 
 A step is a module of this folder. It exports `Params`, `NEEDS` (statistics it reads: "range", "gram", "tokens") and
-one of two phases:
+one or more phases:
 
+    choose(decisions, read, statistics, params) -> decisions   for the whole plan, from weights and statistics by site
     prepare(group, params) -> s            the smoothing vector (in,) of all linears that share an input, or None
     encode(layer, params)  -> Encoded      the stored form of one weight
 

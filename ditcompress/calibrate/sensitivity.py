@@ -1,0 +1,86 @@
+"""How much the output of the whole model depends on each token of each linear: one backward pass serves all layers.
+
+For a random direction v, the gradient g of <v, y / |y|> with respect to a linear's output satisfies
+E|g|^2 = |d(y / |y|) / d(output)|^2, so a rounding error D of the weight costs about sum over tokens of
+w(token) |D x(token)|^2 in relative output error, with w the mean of g^2 over the output channels. A Gram matrix
+weighted by w therefore measures errors in units of the final output, alike for every layer and timestep (the diagonal
+Fisher approximation of Hessian-based rounding, as in OBD and its successors, with the network's own output as loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.base import Layout
+
+
+class TokenWeights:
+    """Inputs and squared output gradients of every linear during one forward and backward pass."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.weights: dict[str, list[Tensor]] = {}
+        self.handles = []
+        first: set[str] = set()
+        for site in layout.sites:
+            keep = site.input_key not in first or site.role == "attn_out"
+            first.add(site.input_key)
+            self.handles.append(
+                model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key, keep))
+            )
+
+    def _hook(self, key: str, keep: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # layers that see only time and condition start a graph of their own
+                output = output.detach().requires_grad_(True)
+            place = len(self.inputs.setdefault(key, []))
+            if keep:
+                self.inputs[key].append(args[0].detach())
+                self.weights.setdefault(key, []).append(torch.zeros(args[0].shape[:-1], device=args[0].device))
+            else:
+                place -= 1
+            weights = self.weights[key]
+
+            def seen(gradient: Tensor) -> None:
+                weights[place] += gradient.detach().float().square().mean(-1)
+
+            output.register_hook(seen)
+            return output
+
+        return hook
+
+    def __enter__(self) -> TokenWeights:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def pairs(self) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
+        """For each input key its inputs (..., K) and the token weights (...)."""
+        return {key: list(zip(self.inputs[key], self.weights[key], strict=True)) for key in self.weights}
+
+
+def token_weights(
+    model: nn.Module,
+    adapter: ModuleType,
+    layout: Layout,
+    latents: Tensor,
+    timestep: Tensor,
+    cond: Mapping[str, Tensor],
+    seed: int,
+) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
+    """Inputs and weights of every linear at latents (n, ...); one forward and one backward pass."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad(), TokenWeights(model, layout) as found:
+        output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond).float()
+        flat = output.flatten(1)
+        direction = torch.randn(flat.shape, generator=generator).to(flat.device)
+        loss = (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum()
+        loss.backward()
+        return found.pairs()
