@@ -94,7 +94,11 @@ def torchao_peers(width: int) -> Iterator[Peer]:
     yield "W8A8 torchao int8 dynamic", 8 + 32 / width, run(q.Int8DynamicActivationInt8WeightConfig())
     grouped = q.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
     yield "W4A8 torchao int8 dynamic, int4 g32", 4 + (32 + 8) / 32, run(grouped)
-    yield "W4A16 torchao int4 g32", 4 + (32 + 8) / 32, run(q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    yield (
+        "W4A16 torchao int4 g32",
+        4 + (32 + 8) / 32,
+        run(q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+    )
 
 
 def quanto_peers(width: int) -> Iterator[Peer]:
@@ -132,7 +136,11 @@ def sdnq_peers(width: int) -> Iterator[Peer]:
         return quantize
 
     yield "W4A16 sdnq uint4", 4.0 + 64 / 32, run(weights_dtype="uint4", group_size=32)
-    yield "W4A16 sdnq uint4 + SVD 16", 4.0 + 64 / 32 + 16 * 16 * 2 / width, run(weights_dtype="uint4", use_svd=True, svd_rank=16)
+    yield (
+        "W4A16 sdnq uint4 + SVD 16",
+        4.0 + 64 / 32 + 16 * 16 * 2 / width,
+        run(weights_dtype="uint4", use_svd=True, svd_rank=16),
+    )
     yield "W8A8 sdnq int8 matmul", 8 + 32 / width, run(weights_dtype="int8", use_quantized_matmul=True)
 
 
@@ -180,13 +188,20 @@ def peer_rows(model: nn.Module, test: Batch, reference: Tensor, calibration: Bat
     return rows
 
 
-def our_rows(path: Path, recipes: list[str], test: Batch, reference: Tensor, options: argparse.Namespace) -> list[list[str]]:
+def our_rows(
+    path: Path, recipes: list[str], test: Batch, reference: Tensor, options: argparse.Namespace
+) -> list[list[str]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for recipe in recipes:
             started = time.time()
             result = api.quantize(
-                path, recipe, Path(scratch) / Path(recipe).stem, overrides=options.set, dtype=options.dtype, reporter=Silent()
+                path,
+                recipe,
+                Path(scratch) / Path(recipe).stem,
+                overrides=options.set,
+                dtype=options.dtype,
+                reporter=Silent(),
             )
             seconds = time.time() - started
             assert result.path is not None
@@ -213,7 +228,11 @@ def main() -> None:
     path = options.model or digits_folder()
     model, checkpoint = load_model(path)
     scheduler = adapter_for(checkpoint.config).default_scheduler(checkpoint.config)
-    make = (lambda n, s: scenes_inputs(options.scenes, n, scheduler, s)) if options.scenes else (lambda n, s: digits_inputs(n, scheduler, s))
+    make = (
+        (lambda n, s: scenes_inputs(options.scenes, n, scheduler, s))
+        if options.scenes
+        else (lambda n, s: digits_inputs(n, scheduler, s))
+    )
     test, calibration = make(options.inputs, options.seed), make(32, options.seed + 1)
     reference = outputs(model, test)
     rows = our_rows(path, options.recipes, test, reference, options)
@@ -221,7 +240,9 @@ def main() -> None:
         rows += peer_rows(model, test, reference, calibration)
     print_table(f"output SQNR on {options.inputs} held-out inputs ({path.name})", ["method", "bits", "dB", "s"], rows)
     if options.json:
-        options.json.write_text(json.dumps({"model": path.name, "inputs": options.inputs, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"model": path.name, "inputs": options.inputs, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

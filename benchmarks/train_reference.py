@@ -34,7 +34,8 @@ CONFIG = {
 }  # fmt: skip
 MODEL_INDEX = {
     "_class_name": "DiTPipeline", "_diffusers_version": "0.42.1",
-    "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"], "vae": [None, None],
+    "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"],
+    "vae": [None, None],
 }  # fmt: skip
 
 
@@ -91,7 +92,9 @@ def new_model(seed: int) -> DiTTransformer2DModel:
     return model
 
 
-def train(model: DiTTransformer2DModel, steps: int, batch: int, rate: float, seed: int) -> tuple[nn.Module, list[float]]:
+def train(
+    model: DiTTransformer2DModel, steps: int, batch: int, rate: float, seed: int
+) -> tuple[nn.Module, list[float]]:
     """The EMA of the weights and the mean loss of each tenth of the run."""
     images, labels = digits()
     generator = torch.Generator().manual_seed(seed + 1)
@@ -144,9 +147,9 @@ def save(folder: Path, model: nn.Module, classifier: DigitClassifier) -> None:
     """The diffusers layout, weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder / "transformer")
-    DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
-    ).save_pretrained(folder / "scheduler")
+    DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
     save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
     write_json(folder / "model_index.json", MODEL_INDEX)
 

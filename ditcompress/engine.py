@@ -45,9 +45,13 @@ class Sink(Protocol):
 class Steps(Protocol):
     """What the engine needs of `quantize/`, handed in because the engine stands below it."""
 
-    def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None: ...
+    def prepare(
+        self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any
+    ) -> Tensor | None: ...
 
-    def encode(self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int) -> Any: ...
+    def encode(
+        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ NAME = "ditcompress"
 VERSION = 1  # of the quantization_config below
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """diffusers reads `.value` of the method for its user agent, so a plain string will not do."""
 
     DITCOMPRESS = NAME
@@ -48,7 +48,7 @@ class DitcompressConfig(QuantizationConfigMixin):
             raise DitcompressError(
                 "E320", "quantization_config", f"version {version}, this release reads {VERSION}", "upgrade ditcompress"
             )
-        self.quant_method = Method.DITCOMPRESS
+        self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
         self.version, self.recipe = version, recipe
         self.schemes, self.layers = dict(schemes), dict(layers)
 
@@ -90,11 +90,16 @@ class DitcompressQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise DitcompressError(
-                "E205", "from_pretrained", "quantizing while loading is not supported", "run `ditcompress quantize` first"
+                "E205",
+                "from_pretrained",
+                "quantizing while loading is not supported",
+                "run `ditcompress quantize` first",
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        apply_schemes(model, self.quantization_config.layer_schemes())
+        config = self.quantization_config
+        assert isinstance(config, DitcompressConfig)
+        apply_schemes(model, config.layer_schemes())
         self.stored = stored_names(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -115,7 +120,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
             )
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,
@@ -134,7 +139,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         return state_dict, {}
 
-    def supports_safetensors_serialization(self) -> bool:
+    def supports_safetensors_serialization(self) -> bool:  # type: ignore[override]
         return True
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -248,6 +253,12 @@ def load_model(
     return model.to(device).eval(), checkpoint
 
 
+def as_loaded(model: Any, config: DitcompressConfig) -> None:
+    """Leave `model` as stock `from_pretrained` would, so that its `save_pretrained` works."""
+    model.hf_quantizer = DitcompressQuantizer(config, pre_quantized=True)
+    model.register_to_config(quantization_config=config)
+
+
 def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
     """The model with parameters on meta and its computed buffers (position embeddings, frequencies) real."""
     from accelerate import init_empty_weights
@@ -260,7 +271,5 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
         fields = {key: value for key, value in quantization.items() if key != "quant_method"}
         layers = DitcompressConfig(**fields)
         apply_schemes(model, layers.layer_schemes())
-        quantizer = DitcompressQuantizer(layers, pre_quantized=True)
-        model.hf_quantizer = quantizer  # save_pretrained of the loaded model then works as after from_pretrained
-        model.register_to_config(quantization_config=layers)
+        as_loaded(model, layers)
     return model

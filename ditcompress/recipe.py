@@ -139,7 +139,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789.")
+)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -180,7 +182,8 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The legal keys beside the unknown one that `location` ends in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        model = {"calibration": Calibration, "rules": Rule, "activation": Activation}.get(str(part), model)
+        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "activation": Activation}
+        model = inner.get(str(part), model)
     return list(model.model_fields)
 
 
@@ -205,11 +208,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if str(name_or_path) in files:
         path = files[str(name_or_path)]
     elif path.suffix not in (".yaml", ".yml"):
-        raise DitcompressError("E201", f"recipe {str(name_or_path)!r}", "is not known", nearest(str(name_or_path), list(files)))
+        raise DitcompressError(
+            "E201", f"recipe {str(name_or_path)!r}", "is not known", nearest(str(name_or_path), list(files))
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DitcompressError("E202", path, f"cannot be read ({type(error).__name__})", "give a YAML text file") from None
+        raise DitcompressError(
+            "E202", path, f"cannot be read ({type(error).__name__})", "give a YAML text file"
+        ) from None
     value = read_yaml(text, path.name)
     if isinstance(value, dict):
         value.setdefault("name", path.stem)
@@ -231,7 +238,9 @@ def _override(value: Any, text: str) -> None:
         elif isinstance(parent, dict):
             parent[keys[-1]] = new
         else:
-            raise DitcompressError("E203", f"--set {path}", "names no key of the recipe", "see `ditcompress recipes show`")
+            raise DitcompressError(
+                "E203", f"--set {path}", "names no key of the recipe", "see `ditcompress recipes show`"
+            )
 
 
 def _walk(value: Any, keys: Sequence[str], path: str) -> Iterator[Any]:
@@ -245,7 +254,9 @@ def _walk(value: Any, keys: Sequence[str], path: str) -> Iterator[Any]:
     elif isinstance(value, dict) and (value.get(keys[0]) is not None or keys[0] in Recipe.model_fields):
         yield from _walk(value.setdefault(keys[0], {}), keys[1:], path)
     else:
-        raise DitcompressError("E203", f"--set {path}", f"the recipe has no {keys[0]!r}", "see `ditcompress recipes show`")
+        raise DitcompressError(
+            "E203", f"--set {path}", f"the recipe has no {keys[0]!r}", "see `ditcompress recipes show`"
+        )
 
 
 # --- from recipe to plan -------------------------------------------------------------------------------------------
@@ -286,9 +297,7 @@ def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
     assert rule.weight is not None
     activation = ActivationSpec(rule.activation.mode, rule.activation.bits, rule.activation.symmetric)
     rank = min(rule.rank, site.in_features, site.out_features)
-    return LayerDecision(
-        site.name, site.role, rule.weight.spec(), activation, rule.steps, rule.smooth, rank, reason
-    )
+    return LayerDecision(site.name, site.role, rule.weight.spec(), activation, rule.steps, rule.smooth, rank, reason)
 
 
 def canonical(recipe: Recipe) -> str:

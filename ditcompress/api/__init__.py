@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .compress import QuantizeResult, calibrate, calibration_plan, check_recipe, quantize, quantize_facts
+from .calibration import calibrate, calibration_plan
+from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .judge import demo, evaluate, parse_margins, report
 from .look import export, inspect
 

@@ -16,7 +16,8 @@ from ..evaluate.digits import digits_folder
 from ..evaluate.settings import EvaluateSettings
 from ..recipe import data_folder
 from ..report.html import read_report, render, write_report
-from .compress import pick_device, pick_dtype, quantize
+from .calibration import pick_device, pick_dtype
+from .compress import quantize
 
 
 def parse_margins(texts: Sequence[str]) -> dict[str, float]:
@@ -107,9 +108,9 @@ def demo(
     dtype: str = "float32",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """The main job on the embedded model: `out`/model is the compressed pipeline, `out`/report the report."""
+    """The main job on the embedded model: `out`/digits-RECIPE is the compressed pipeline, `out`/report the report."""
     original, out = digits_folder(), Path(out)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "overwrite": True, "reporter": reporter}
-    made = quantize(original, recipe, out / "model", seed=seed, **options)
+    made = quantize(original, recipe, out / f"digits-{Path(recipe).stem}", seed=seed, **options)
     assert made.path is not None
     return evaluate(original, made.path, out / "report", pairs=320, guidance=1.5, command="ditcompress demo", **options)

@@ -99,7 +99,8 @@ class _Collector:
         quota = self._quota()
         pick = torch.randint(len(tokens), (min(quota, 64, len(tokens)),), generator=self.source)
         return InputStatistics(
-            low, high, part.double().sum(0).cpu() * scale, torch.tensor([float(scale * len(part))], dtype=torch.float64),
+            low, high, part.double().sum(0).cpu() * scale,
+            torch.tensor([float(scale * len(part))], dtype=torch.float64),
             gram, tokens[pick].cpu(), torch.full((len(pick),), self.bucket, dtype=torch.int32),
             torch.rand(len(pick), generator=self.source),
         )  # fmt: skip
@@ -129,7 +130,9 @@ class _Collector:
             torch.cat([known.priority, new.priority]),
             self._quota(),
         )
-        return InputStatistics(known.low, known.high, known.total + new.total, known.tokens + new.tokens, known.gram, *rows)
+        return InputStatistics(
+            known.low, known.high, known.total + new.total, known.tokens + new.tokens, known.gram, *rows
+        )
 
     def see_block(self, block: str, x: Tensor, y: Tensor) -> None:
         """Cosine similarity of a block's input and output, averaged over tokens, summed by bucket with a count."""
@@ -221,7 +224,10 @@ class _Run:
         starts = range(0, s.samples, s.batch)
         vary = STEP_OFFSETS if s.policy == "uniform" else (0,)
         return [
-            (list(range(i, min(i + s.batch, s.samples))), max(2, s.steps + vary[n % len(vary)]) if s.steps > 2 else s.steps)
+            (
+                list(range(i, min(i + s.batch, s.samples))),
+                max(2, s.steps + vary[n % len(vary)]) if s.steps > 2 else s.steps,
+            )
             for n, i in enumerate(starts)
         ]
 
@@ -241,7 +247,16 @@ class _Run:
                 plan.begin(record.index + 1)
 
         try:
-            sample(self.model, self.adapter, self.config, self.scheduler, self.conditions, sampling, indices=images, on_step=on_step)
+            sample(
+                self.model,
+                self.adapter,
+                self.config,
+                self.scheduler,
+                self.conditions,
+                sampling,
+                indices=images,
+                on_step=on_step,
+            )
         finally:
             self.collector.active = False
 
@@ -272,7 +287,9 @@ class _Run:
     def result(self) -> Statistics:
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}
-        for value in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
+        for (
+            value
+        ) in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
             _fill_empty(value)
         meta = {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps}
         return Statistics(inputs, blocks, meta)

@@ -107,23 +107,31 @@ def from_file(path: Path, count: int, config: Mapping[str, Any]) -> Conditions:
     try:
         tensors = load(Path(path).read_bytes())
     except Exception as error:
-        raise DitcompressError("E330", path, f"cannot be read ({type(error).__name__})", "give a safetensors file") from None
+        raise DitcompressError(
+            "E330", path, f"cannot be read ({type(error).__name__})", "give a safetensors file"
+        ) from None
     cond = {name: t for name, t in tensors.items() if not name.startswith(NULL)}
     null = {name[len(NULL) :]: t for name, t in tensors.items() if name.startswith(NULL)}
     if not cond:
-        raise DitcompressError("E330", path, "holds no tensor of a conditional branch", "name tensors as forward arguments")
+        raise DitcompressError(
+            "E330", path, "holds no tensor of a conditional branch", "name tensors as forward arguments"
+        )
     _check_names(path, [*cond, *null], config)
     length = len(next(iter(cond.values()))) if next(iter(cond.values())).ndim else 0
     for name, tensor in {**cond, **{NULL + n: t for n, t in null.items()}}.items():
         found = tensor.shape[0] if tensor.ndim else 0
         allowed = (length, 1) if name.startswith(NULL) else (length,)
         if length == 0 or found not in allowed:
-            raise DitcompressError("E330", f"{path}: {name}", f"{found} samples, others have {length}", "put samples first")
+            raise DitcompressError(
+                "E330", f"{path}: {name}", f"{found} samples, others have {length}", "put samples first"
+            )
     if null and set(null) != set(cond):
         raise DitcompressError("E330", path, "the null branch has other names", "give every argument under null. too")
     index = torch.arange(count) % length
     null = {name: t.expand(length, *t.shape[1:])[index] for name, t in null.items()}
-    return Conditions({n: t[index] for n, t in cond.items()}, null or None, f"{length} conditions from {Path(path).name}")
+    return Conditions(
+        {n: t[index] for n, t in cond.items()}, null or None, f"{length} conditions from {Path(path).name}"
+    )
 
 
 def _check_names(path: Path, names: Sequence[str], config: Mapping[str, Any]) -> None:
@@ -136,6 +144,6 @@ def _check_names(path: Path, names: Sequence[str], config: Mapping[str, Any]) ->
     known = [p for p in inspect.signature(cls.forward).parameters if p not in ("self", "hidden_states", "timestep")]
     for name in names:
         if name not in known:
-            raise DitcompressError("E330", f"{path}: {name}", f"is no argument of {cls.__name__}.forward", nearest(name, known))
-
-
+            raise DitcompressError(
+                "E330", f"{path}: {name}", f"is no argument of {cls.__name__}.forward", nearest(name, known)
+            )

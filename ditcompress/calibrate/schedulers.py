@@ -31,7 +31,9 @@ def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: Modu
         fields = json.loads(path.read_text())
         name = str(fields["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise DitcompressError("E332", path, "is no scheduler configuration", "give a folder with scheduler_config.json") from None
+        raise DitcompressError(
+            "E332", path, "is no scheduler configuration", "give a folder with scheduler_config.json"
+        ) from None
     known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in known:
         raise DitcompressError("E332", path, f"{name} is no scheduler of diffusers", nearest(name, known))

@@ -30,9 +30,7 @@ class TokenWeights:
         for site in layout.sites:
             keep = site.input_key not in first or site.role == "attn_out"
             first.add(site.input_key)
-            self.handles.append(
-                model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key, keep))
-            )
+            self.handles.append(model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key, keep)))
 
     def _hook(self, key: str, keep: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -77,7 +77,10 @@ def merge_inputs(a: InputStatistics, b: InputStatistics, quota: int) -> InputSta
     """The statistics of both sets of tokens. Sums are exact up to their rounding, ranges and reservoir exactly."""
     if a.low.shape != b.low.shape or (a.gram is None) != (b.gram is None):
         raise DitcompressError("E331", "statistics", "the two parts have different shapes", "calibrate both alike")
-    rows = [torch.cat(pair) for pair in ((a.reservoir, b.reservoir), (a.reservoir_bucket, b.reservoir_bucket), (a.priority, b.priority))]
+    rows = [
+        torch.cat(pair)
+        for pair in ((a.reservoir, b.reservoir), (a.reservoir_bucket, b.reservoir_bucket), (a.priority, b.priority))
+    ]
     reservoir, bucket, priority = keep_best(rows[0], rows[1], rows[2], quota)
     gram = None if a.gram is None or b.gram is None else a.gram + b.gram
     return InputStatistics(

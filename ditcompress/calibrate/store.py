@@ -45,7 +45,9 @@ def load_statistics(folder: Path, expected: Mapping[str, Any] | None = None) -> 
         meta = json.loads((folder / META).read_text())
         tensors = load_file(folder / TENSORS)
     except Exception as error:
-        raise DitcompressError("E331", folder, f"holds no whole statistics ({type(error).__name__})", "calibrate again") from None
+        raise DitcompressError(
+            "E331", folder, f"holds no whole statistics ({type(error).__name__})", "calibrate again"
+        ) from None
     for name, value in (expected or {}).items():
         if meta.get(name) != value:
             raise DitcompressError("E331", folder, f"made with another {name}", "calibrate again")

@@ -38,7 +38,9 @@ def from_pipeline(pipeline: Path, prompts: Sequence[str], count: int) -> Conditi
         "FluxPipeline": _flux,
     }.get(name)
     if encode is None:
-        raise DitcompressError("E330", f"{pipeline.name}: {name}", "its prompts cannot be encoded here", "give --conditions FILE")
+        raise DitcompressError(
+            "E330", f"{pipeline.name}: {name}", "its prompts cannot be encoded here", "give --conditions FILE"
+        )
     try:
         pipe = getattr(diffusers, name).from_pretrained(
             pipeline, transformer=None, vae=None, local_files_only=True, torch_dtype=torch.float32

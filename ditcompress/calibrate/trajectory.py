@@ -90,7 +90,9 @@ def sample(
     with (reporter or Silent()).task("sample", len(chosen)) as advance, torch.no_grad():
         for start in range(0, len(chosen), sampling.batch):
             images = chosen[start : start + sampling.batch]
-            results.append(_batch(model, adapter, config, scheduler, conditions.take(images), sampling, images, on_step))
+            results.append(
+                _batch(model, adapter, config, scheduler, conditions.take(images), sampling, images, on_step)
+            )
             advance(len(images))
     return torch.cat(results)
 

@@ -1,4 +1,4 @@
-"""Our own reader of the safetensors header, in front of the library: every size is checked before anything is allocated.
+"""Our own reader of the safetensors header: every size is checked before anything is allocated.
 
 File: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data. Offsets
 must cover the data from its first to its last byte without holes or overlaps.
@@ -62,7 +62,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if len(head) < 8:
             raise DitcompressError("E312", path.name, f"file has {size} bytes, needs at least 8", COPY_AGAIN)
         if length > MOST_HEADER_BYTES:
-            raise DitcompressError("E310", path.name, f"header of {length} bytes, at most {MOST_HEADER_BYTES} are read", COPY_AGAIN)
+            raise DitcompressError(
+                "E310", path.name, f"header of {length} bytes, at most {MOST_HEADER_BYTES} are read", COPY_AGAIN
+            )
         if 8 + length > size:
             raise DitcompressError("E312", path.name, f"file has {size} bytes, header needs {8 + length}", COPY_AGAIN)
         raw = file.read(length)
@@ -102,7 +104,9 @@ def _entry(name: str, fields: Any, path: Path, base: int) -> TensorEntry:
         raise DitcompressError("E310", where, "its entry is not dtype, shape and data_offsets", COPY_AGAIN)
     dtype, shape, offsets = DTYPES.get(str(fields["dtype"])), fields["shape"], fields["data_offsets"]
     if dtype is None:
-        raise DitcompressError("E318", where, f"dtype {printable(fields['dtype'], 20)} is not supported", "convert to float32 or bfloat16")
+        raise DitcompressError(
+            "E318", where, f"dtype {printable(fields['dtype'], 20)} is not supported", "convert to float32 or bfloat16"
+        )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 16:
         raise DitcompressError("E310", where, "shape or offsets are not counts", COPY_AGAIN)
     start, stop = offsets

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,7 +38,8 @@ except MemoryError:
     sys.exit(12)
 except Exception as error:
     text = str(error)
-    sys.exit(10 if "Unsupported" in text or "weights_only" in text or "GLOBAL" in text or "unsafe" in text.lower() else 11)
+    refused = any(word in text for word in ("Unsupported", "weights_only", "GLOBAL", "nsafe"))
+    sys.exit(10 if refused else 11)
 if isinstance(value, dict):
     for key in ("ema", "model", "state_dict"):
         if isinstance(value.get(key), dict):
@@ -50,7 +50,7 @@ if not isinstance(value, dict) or not value or not all(isinstance(t, torch.Tenso
 total = 0
 for tensor in value.values():
     storage = tensor.untyped_storage()
-    if tensor.numel() * tensor.element_size() > storage.nbytes() or not tensor.is_contiguous() and tensor.numel() > storage.nbytes():
+    if tensor.numel() * tensor.element_size() > storage.nbytes():
         sys.exit(14)
     total += tensor.numel() * tensor.element_size()
 if total > limit:
@@ -75,11 +75,18 @@ def load_legacy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except subprocess.TimeoutExpired:
             raise DitcompressError("E323", path.name, "took too long to read", COPY_AGAIN) from None
         if done.returncode == 10:
-            raise DitcompressError("E401", path.name, "wants to run code while it is loaded", "do not use this file; ask its author for safetensors")
+            raise DitcompressError(
+                "E401",
+                path.name,
+                "wants to run code while it is loaded",
+                "do not use this file; ask its author for safetensors",
+            )
         if done.returncode == 12:
             raise DitcompressError("E602", path.name, "needs more memory than its size allows", "do not use this file")
         if done.returncode in (13, 14):
-            raise DitcompressError("E302", path.name, "holds no plain mapping of tensors", "give the model's state dict")
+            raise DitcompressError(
+                "E302", path.name, "holds no plain mapping of tensors", "give the model's state dict"
+            )
         if done.returncode:
             raise DitcompressError("E323", path.name, "is no readable torch checkpoint", COPY_AGAIN)
         return convert(load_file(out), path.name)
@@ -91,7 +98,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError):
-        raise DitcompressError("E323", path.name, "is not a torch zip archive", "save it again with a current torch") from None
+        raise DitcompressError(
+            "E323", path.name, "is not a torch zip archive", "save it again with a current torch"
+        ) from None
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
             raise DitcompressError("E401", path.name, "holds compressed members", "do not use this file")
@@ -100,9 +109,14 @@ def _check_archive(path: Path) -> None:
 
 
 _BLOCK = {
-    "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
 }  # fmt: skip
-_TOP = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2"}
+_TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
 _EMBEDDER = {
     "t_embedder.mlp.0.": "timestep_embedder.linear_1.", "t_embedder.mlp.2.": "timestep_embedder.linear_2.",
     "y_embedder.": "class_embedder.",
@@ -117,7 +131,9 @@ def convert(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], di
         for name, tensor in state.items():
             result |= _renamed(name, tensor, config["num_layers"])
     except (KeyError, ValueError, IndexError, AssertionError):
-        raise DitcompressError("E302", where, "its tensor names are not those of DiT or SiT", "give a diffusers folder") from None
+        raise DitcompressError(
+            "E302", where, "its tensor names are not those of DiT or SiT", "give a diffusers folder"
+        ) from None
     return config, result
 
 
@@ -132,7 +148,8 @@ def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "_class_name": "DiTTransformer2DModel", "num_layers": layers, "num_attention_heads": width // head,
         "attention_head_dim": head, "in_channels": int(channels), "out_channels": int(out), "patch_size": int(patch),
-        "sample_size": side * int(patch), "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "sample_size": side * int(patch),
+        "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False, "norm_eps": 1e-6,
     }  # fmt: skip
@@ -152,6 +169,8 @@ def _renamed(name: str, tensor: Tensor, layers: int) -> dict[str, Tensor]:
         prefix = f"transformer_blocks.{int(number)}."
         if inner == "attn.qkv":
             parts = tensor.chunk(3)
-            return {f"{prefix}attn1.to_{letter}.{leaf}": part.clone() for letter, part in zip("qkv", parts, strict=True)}
+            return {
+                f"{prefix}attn1.to_{letter}.{leaf}": part.clone() for letter, part in zip("qkv", parts, strict=True)
+            }
         return {f"{prefix}{_BLOCK[inner]}.{leaf}": tensor}
     return {f"{_TOP[stem]}.{leaf}": tensor}

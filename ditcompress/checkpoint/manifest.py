@@ -53,7 +53,9 @@ def verify_manifest(folder: Path) -> None:
             raise DitcompressError("E323", path, "is in the manifest but missing", "copy the result again")
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise DitcompressError("E323", path, f"{size} bytes, the manifest says {facts['bytes']}", "copy the result again")
+            raise DitcompressError(
+                "E323", path, f"{size} bytes, the manifest says {facts['bytes']}", "copy the result again"
+            )
         if sha256(path) != facts["sha256"]:
             raise DitcompressError("E323", path, "its sha256 is not the recorded one", "copy the result again")
 

@@ -63,7 +63,11 @@ class Checkpoint:
     @property
     def scheduler_folder(self) -> Path | None:
         """The folder with the checkpoint's own scheduler, or None."""
-        places = [self.pipeline, self.folder, self.folder.parent if (self.folder.parent / "model_index.json").is_file() else None]
+        places = [
+            self.pipeline,
+            self.folder,
+            self.folder.parent if (self.folder.parent / "model_index.json").is_file() else None,
+        ]
         for place in places:
             if place is not None and (place / "scheduler" / "scheduler_config.json").is_file():
                 return place / "scheduler"
@@ -97,7 +101,9 @@ class Checkpoint:
             while done < length:  # preadv returns at most 2 GB at once
                 got = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], entry.start + done)
                 if got == 0:
-                    raise DitcompressError("E312", f"{entry.file.name}: {name}", "the file shrank while it was read", COPY_AGAIN)
+                    raise DitcompressError(
+                        "E312", f"{entry.file.name}: {name}", "the file shrank while it was read", COPY_AGAIN
+                    )
                 done += got
         return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
 
@@ -105,7 +111,9 @@ class Checkpoint:
         """E324 when a file was replaced or written to since it was opened."""
         for file, before in self.snapshot.items():
             if _mark(file) != before:
-                raise DitcompressError("E324", file.name, "changed while it was being read", "run again on a file at rest")
+                raise DitcompressError(
+                    "E324", file.name, "changed while it was being read", "run again on a file at rest"
+                )
 
 
 def _mark(file: Path) -> tuple[int, int, int]:
@@ -128,7 +136,9 @@ def open_checkpoint(path: str | Path, *, allow_compressed: bool = True) -> Check
     elif path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
         checkpoint = _open_legacy(path)
     else:
-        raise DitcompressError("E302", path, "is neither a folder nor .safetensors nor .pt", "give a diffusers model folder")
+        raise DitcompressError(
+            "E302", path, "is neither a folder nor .safetensors nor .pt", "give a diffusers model folder"
+        )
     _check_quantization(checkpoint, allow_compressed)
     return checkpoint
 
@@ -139,7 +149,9 @@ def _open_folder(path: Path) -> Checkpoint:
         pipeline, component = path, _component(path)
         folder = path / component
     elif not (path / "config.json").is_file():
-        raise DitcompressError("E302", path, "has neither config.json nor model_index.json", "give a diffusers model folder")
+        raise DitcompressError(
+            "E302", path, "has neither config.json nor model_index.json", "give a diffusers model folder"
+        )
     config = read_config(folder / "config.json")
     files, index = _weight_files(folder)
     tensors = _gather(files, index, folder)
@@ -153,7 +165,9 @@ def _component(pipeline: Path) -> str:
     for name in ("transformer", "dit", "prior"):
         if name in index and (pipeline / name / "config.json").is_file():
             return name
-    raise DitcompressError("E302", pipeline / "model_index.json", "names no transformer", "give the model folder itself")
+    raise DitcompressError(
+        "E302", pipeline / "model_index.json", "names no transformer", "give the model folder itself"
+    )
 
 
 def _open_single(path: Path) -> Checkpoint:
@@ -164,7 +178,9 @@ def _open_single(path: Path) -> Checkpoint:
     elif beside.is_file():
         config = read_config(beside)
     else:
-        raise DitcompressError("E302", path, "no config.json beside it says what model this is", "put config.json beside it")
+        raise DitcompressError(
+            "E302", path, "no config.json beside it says what model this is", "put config.json beside it"
+        )
     _check_config(config, path.name)
     return Checkpoint(path, path.parent, None, "", config, dict(sorted(entries.items())), (path,), {path: _mark(path)})
 
@@ -175,7 +191,8 @@ def _open_legacy(path: Path) -> Checkpoint:
     before = _mark(path)
     config, state = load_legacy(path)
     entries = {
-        name: TensorEntry(name, t.dtype, tuple(t.shape), path, 0, t.numel() * t.element_size()) for name, t in sorted(state.items())
+        name: TensorEntry(name, t.dtype, tuple(t.shape), path, 0, t.numel() * t.element_size())
+        for name, t in sorted(state.items())
     }
     return Checkpoint(path, path.parent, None, "", config, entries, (path,), {path: before}, state)
 
@@ -206,7 +223,9 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise DitcompressError("E320", where, f"is not JSON ({printable(error, 80)})", "restore the original file") from None
+        raise DitcompressError(
+            "E320", where, f"is not JSON ({printable(error, 80)})", "restore the original file"
+        ) from None
     if not isinstance(value, dict) or _depth(value) > MOST_DEPTH:
         raise DitcompressError("E320", where, "is not a JSON object of modest depth", "restore the original file")
     return value
@@ -226,9 +245,13 @@ def _depth(value: Any) -> int:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     if "auto_map" in config or isinstance(config.get("_class_name"), list):
-        raise DitcompressError("E403", where, "asks for code from the folder to be run", "use a model class that diffusers ships")
+        raise DitcompressError(
+            "E403", where, "asks for code from the folder to be run", "use a model class that diffusers ships"
+        )
     if not isinstance(config.get("_class_name"), str):
-        raise DitcompressError("E320", f"{where}: _class_name", "names no model class", "restore the original config.json")
+        raise DitcompressError(
+            "E320", f"{where}: _class_name", "names no model class", "restore the original config.json"
+        )
 
 
 def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
@@ -238,13 +261,21 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
         packed = [n for n, e in checkpoint.tensors.items() if e.dtype in kinds]
         if packed:
             raise DitcompressError(
-                "E322", f"{checkpoint.tensors[packed[0]].file.name}: {packed[0]}", "holds packed or 8-bit weights", "give the original checkpoint"
+                "E322",
+                f"{checkpoint.tensors[packed[0]].file.name}: {packed[0]}",
+                "holds packed or 8-bit weights",
+                "give the original checkpoint",
             )
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "ditcompress" or not allow_compressed:
         by = printable(method, 40)
-        raise DitcompressError("E322", "config.json: quantization_config", f"this model is already quantized by {by}", "give the original checkpoint")
+        raise DitcompressError(
+            "E322",
+            "config.json: quantization_config",
+            f"this model is already quantized by {by}",
+            "give the original checkpoint",
+        )
 
 
 # --- weight files ----------------------------------------------------------------------------------------------------
@@ -256,23 +287,34 @@ def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     single = folder / f"{STEM}.safetensors"
     present = sorted(p for p in folder.iterdir() if p.name.endswith(".safetensors") and not p.name.startswith("."))
     if len(indices) > 1:
-        raise DitcompressError("E314", folder, f"{len(indices)} index files: {some(i.name for i in indices)}", "keep one of them")
+        raise DitcompressError(
+            "E314", folder, f"{len(indices)} index files: {some(i.name for i in indices)}", "keep one of them"
+        )
     if indices:
         weight_map = _read_index(indices[0])
         names = sorted(set(weight_map.values()))
         stale = [p.name for p in present if p.name not in names]
         if stale:
-            raise DitcompressError("E313", f"{folder.name}/{stale[0]}", "the index does not list this file", "remove the file or restore its index")
+            raise DitcompressError(
+                "E313",
+                f"{folder.name}/{stale[0]}",
+                "the index does not list this file",
+                "remove the file or restore its index",
+            )
         for name in names:
             regular_file(_inside(folder, name, indices[0].name))
         return [folder / name for name in names], weight_map
     if not present:
-        raise DitcompressError("E311", folder / f"{STEM}.safetensors", "the folder holds no safetensors weights", COPY_AGAIN)
+        raise DitcompressError(
+            "E311", folder / f"{STEM}.safetensors", "the folder holds no safetensors weights", COPY_AGAIN
+        )
     if any(_SHARD.match(p.name) for p in present):
         raise DitcompressError("E314", folder, "shards without an index file", f"copy {STEM}.safetensors.index.json")
     if len(present) > 1:
         stale_name = next(p.name for p in present if p != single)
-        raise DitcompressError("E313", f"{folder.name}/{stale_name}", "more than one weight file", "keep one variant in the folder")
+        raise DitcompressError(
+            "E313", f"{folder.name}/{stale_name}", "more than one weight file", "keep one variant in the folder"
+        )
     return present, None
 
 
@@ -280,7 +322,9 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     """`folder/name` for a plain file name; E402 for anything that leads elsewhere."""
     plain = name == os.path.basename(name) and name not in ("", ".", "..") and "\\" not in name and name.isprintable()
     if not plain or not name.endswith(".safetensors"):
-        raise DitcompressError("E402", where, f"names the file {printable(name, 60)}", "shards must be plain names in the folder")
+        raise DitcompressError(
+            "E402", where, f"names the file {printable(name, 60)}", "shards must be plain names in the folder"
+        )
     return folder / name
 
 
@@ -299,14 +343,20 @@ def _gather(files: list[Path], weight_map: Mapping[str, str] | None, folder: Pat
         entries, _ = read_header(file)
         for name, entry in entries.items():
             if name in tensors:
-                raise DitcompressError("E314", f"{file.name}: {name}", f"stands in {tensors[name].file.name} too", COPY_AGAIN)
+                raise DitcompressError(
+                    "E314", f"{file.name}: {name}", f"stands in {tensors[name].file.name} too", COPY_AGAIN
+                )
             if weight_map is not None and weight_map.get(name) != file.name:
                 said = weight_map.get(name, "no file")
-                raise DitcompressError("E314", f"{file.name}: {name}", f"the index says {printable(said, 60)}", COPY_AGAIN)
+                raise DitcompressError(
+                    "E314", f"{file.name}: {name}", f"the index says {printable(said, 60)}", COPY_AGAIN
+                )
             tensors[name] = entry
     missing = sorted(set(weight_map or ()) - set(tensors))
     if missing and weight_map is not None:
-        raise DitcompressError("E315", weight_map[missing[0]], f"tensor {missing[0]} is in the index, not in the file", COPY_AGAIN)
+        raise DitcompressError(
+            "E315", weight_map[missing[0]], f"tensor {missing[0]} is in the index, not in the file", COPY_AGAIN
+        )
     if not tensors:
         raise DitcompressError("E315", folder, "the weight files hold no tensor", COPY_AGAIN)
     return dict(sorted(tensors.items()))
@@ -323,27 +373,35 @@ def check_tensors(source: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
     where = source.folder if isinstance(source, Checkpoint) else "model"
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DitcompressError("E315", where, f"tensor {missing[0]} is missing{more}", "copy the checkpoint again, or correct config.json")
+        raise DitcompressError(
+            "E315", where, f"tensor {missing[0]} is missing{more}", "copy the checkpoint again, or correct config.json"
+        )
     if extra:
         file = tensors[extra[0]].file.name if isinstance(source, Checkpoint) else "model"
         more = f", and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise DitcompressError("E316", file, f"tensor {extra[0]} has no place in the model{more}", "config.json belongs to another model")
+        raise DitcompressError(
+            "E316", file, f"tensor {extra[0]} has no place in the model{more}", "config.json belongs to another model"
+        )
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
         if found != tuple(shape):
             file = tensors[name].file.name if isinstance(source, Checkpoint) else "model"
-            raise DitcompressError("E317", f"{file}: {name}", f"shape {found}, config.json says {tuple(shape)}", "correct config.json")
+            raise DitcompressError(
+                "E317", f"{file}: {name}", f"shape {found}, config.json says {tuple(shape)}", "correct config.json"
+            )
 
 
 def check_finite(source: Any, reporter: Reporter | None = None) -> None:
     """E319 names the first tensor with a NaN or an infinity."""
     reporter = reporter or Silent()
-    names = [name for name in source.tensors]
+    names = list(source.tensors)
     with reporter.task("check weights", len(names)) as advance:
         for name in names:
             tensor = source.read(name)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 file = source.tensors[name].file.name if isinstance(source, Checkpoint) else "model"
-                raise DitcompressError("E319", f"{file}: {name}", f"{bad} values are NaN or infinite", "restore the tensor from its origin")
+                raise DitcompressError(
+                    "E319", f"{file}: {name}", f"{bad} values are NaN or infinite", "restore the tensor from its origin"
+                )
             advance(1)

@@ -39,7 +39,9 @@ def os_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise DitcompressError("E601", where, "the disk is full", "free some space, or choose another --out") from None
+            raise DitcompressError(
+                "E601", where, "the disk is full", "free some space, or choose another --out"
+            ) from None
         if error.errno in _DENIED:
             raise DitcompressError("E603", where, "cannot be written", "choose another --out") from None
         raise
@@ -85,7 +87,7 @@ def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None
         raise DitcompressError("E402", target, "is a symbolic link", "give the folder itself")
     for given in inputs:
         source = Path(given).resolve()
-        if target.resolve() == source or source in target.resolve().parents and source.is_dir():
+        if target.resolve() == source or (source in target.resolve().parents and source.is_dir()):
             raise DitcompressError("E501", target, "lies inside the input", "choose another --out")
         if target.resolve() in source.parents:
             raise DitcompressError("E501", target, "contains the input", "choose another --out")
@@ -107,7 +109,9 @@ def _locked(target: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
-        raise DitcompressError("E502", target, "another run is writing it", "wait for it, or choose another --out") from None
+        raise DitcompressError(
+            "E502", target, "another run is writing it", "wait for it, or choose another --out"
+        ) from None
     try:
         yield
     finally:
@@ -184,7 +188,11 @@ class ShardWriter:
             self._data = open(path, "wb")  # noqa: SIM115 - closed in _close, across calls
         self._names.add(name)
         stop = self._offset + size
-        self._table[name] = {"dtype": _NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [self._offset, stop]}
+        self._table[name] = {
+            "dtype": _NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self._offset, stop],
+        }
         if size:
             self._data.write(data.flatten().view(torch.uint8).numpy().data)
         self._offset = stop
@@ -199,14 +207,19 @@ class ShardWriter:
         if self._data is not None:
             self._close()
         count = len(self._shards)
-        files, weight_map = [], {}
+        files: list[Path] = []
+        weight_map: dict[str, str] = {}
         for number, (data, table) in enumerate(self._shards):
-            name = f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+            name = (
+                f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+            )
             _with_header(self.folder / name, table, self.metadata, data)
             files.append(self.folder / name)
             weight_map |= dict.fromkeys(table, name)
         if count > 1:
-            total = sum(t["data_offsets"][1] - t["data_offsets"][0] for _, table in self._shards for t in table.values())
+            total = sum(
+                t["data_offsets"][1] - t["data_offsets"][0] for _, table in self._shards for t in table.values()
+            )
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         return files
@@ -238,7 +251,11 @@ def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 def copy_pipeline(pipeline: Path, partial: Path, component: str) -> None:
     """Copy model_index.json and the folder of every other component; links are refused (E402)."""
     for path in sorted(pipeline.iterdir()):
-        if path.name == component or path.name.startswith(".") or not (path.is_dir() or path.name == "model_index.json"):
+        if (
+            path.name == component
+            or path.name.startswith(".")
+            or not (path.is_dir() or path.name == "model_index.json")
+        ):
             continue
         if path.is_symlink() or any(p.is_symlink() for p in path.rglob("*")):
             raise DitcompressError("E402", path, "holds symbolic links", "copy the pipeline with its files (cp -rL)")
@@ -268,7 +285,10 @@ def work_folder(target: Path, marks: Mapping[str, Any], restart: bool = False) -
                 found = {"fingerprint": "unreadable"}
             if found != marks:
                 raise DitcompressError(
-                    "E503", folder, f"an interrupted run differs in {changed(found, marks)}", "give --restart, or another --out"
+                    "E503",
+                    folder,
+                    f"an interrupted run differs in {changed(found, marks)}",
+                    "give --restart, or another --out",
                 )
             return folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -281,5 +301,3 @@ def remove_work(folder: Path | None) -> None:
     """The parts are not needed any more."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-

@@ -36,7 +36,7 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Model or pipel
 
 def reporter(quiet: bool, as_json: bool) -> Terminal | Silent:
     """Progress and notes on stderr, unless they were not wanted."""
-    return Silent() if quiet or as_json and not sys.stderr.isatty() else Terminal()
+    return Silent() if quiet or (as_json and not sys.stderr.isatty()) else Terminal()
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def report_failure(error: BaseException, as_json: bool, debug: bool) -> int:
     if known is not None:
         _print_known(known, as_json)
         return known.exit_code
-    text = f"error[E100 internal]: {type(error).__name__}: {printable(error, 200)}; please report it (--debug shows where)."
+    text = f"error[E100 internal]: {type(error).__name__}: {printable(error, 200)}; please report it (see --debug)."
     print_error(text)
     return 1
 
@@ -87,8 +87,14 @@ def _as_ours(error: BaseException) -> DitcompressError | None:
     """Failures of the machine as errors of ours."""
     if isinstance(error, DitcompressError):
         return error
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "can't allocate memory" in str(error):
-        return DitcompressError("E602", "memory", "there is not enough of it", "lower calibration.samples or use a smaller --batch")
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in type(error).__name__
+        or "can't allocate memory" in str(error)
+    ):
+        return DitcompressError(
+            "E602", "memory", "there is not enough of it", "lower calibration.samples or use a smaller --batch"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DitcompressError("E601", error.filename or "output", "the disk is full", "free some space")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -48,14 +48,21 @@ def calibrate(
             checkpoint, out, recipe=recipe, overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed,
             device=device, dtype=dtype, overwrite=overwrite, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
-        facts = {"out": str(out), "inputs": len(found.inputs), "batches": len(found.meta["timesteps"]), "digest": found.digest}
+        facts = {
+            "out": str(out),
+            "inputs": len(found.inputs),
+            "batches": len(found.meta["timesteps"]),
+            "digest": found.digest,
+        }
         common.emit(as_json, facts, lambda: print_table("calibrated", ["what", "value"], [*facts.items()]))
 
 
 def quantize(
     checkpoint: Checkpoint,
     recipe: Recipe = "w4a8",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-RECIPE beside it).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-RECIPE beside it).")
+    ] = None,
     statistics: Annotated[Path | None, typer.Option(help="Folder made by `calibrate`.")] = None,
     set_: Set = None,
     conditions: Conditions = None,
@@ -108,14 +115,19 @@ def _show_result(result: QuantizeResult, recipe: str) -> None:
     rows.append(["all quantized", len(result.records), "", f"{result.bits:.2f}", ""])
     print_table(f"quantized with {recipe}", ["role", "linears", "weights", "bits", "stored"], rows)
     ratio = result.original_bytes / max(result.bytes, 1)
-    print_text(f"{common.size(result.original_bytes)} -> {common.size(result.bytes)} ({ratio:.2f}x smaller), written to {result.path}")
+    print_text(
+        f"{common.size(result.original_bytes)} -> {common.size(result.bytes)} ({ratio:.2f}x smaller), "
+        f"written to {result.path}"
+    )
     print_text("load it: import ditcompress; then plain diffusers from_pretrained")
 
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model or pipeline folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder (diffusers) or file (safetensors).")],
-    format_: Annotated[str, typer.Option("--format", "-f", help="safetensors: one packed file; diffusers: plain dequantized folder.")] = "diffusers",
+    format_: Annotated[
+        str, typer.Option("--format", "-f", help="safetensors: one packed file; diffusers: plain dequantized folder.")
+    ] = "diffusers",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -130,6 +142,12 @@ def export(
         from .. import api
 
         facts = api.export(
-            folder, out, format_, dtype=dtype, overwrite=overwrite, dry_run=dry_run, reporter=common.reporter(quiet, as_json)
+            folder,
+            out,
+            format_,
+            dtype=dtype,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            reporter=common.reporter(quiet, as_json),
         )
         common.emit(as_json, facts, lambda: print_table("exported", ["what", "value"], [*facts.items()]))

@@ -138,5 +138,7 @@ def demo(
             steps = {"out": str(out), "recipe": recipe, "model": "the embedded digits model"}
             common.emit(as_json, steps, lambda: print_table("would run", ["what", "value"], [*steps.items()]))
             return
-        result = api.demo(out, recipe=recipe, seed=seed, device=device, dtype=dtype, reporter=common.reporter(quiet, as_json))
+        result = api.demo(
+            out, recipe=recipe, seed=seed, device=device, dtype=dtype, reporter=common.reporter(quiet, as_json)
+        )
         common.emit(as_json, result, lambda: show(result, out / "report"))

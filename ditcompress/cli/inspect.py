@@ -21,7 +21,7 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Architecture, blocks, roles, parameters, bytes and bits; for a compressed model also what was done to each layer."""
+    """Architecture, blocks, roles, bytes and bits; for a compressed model also what was done to each layer."""
     with common.command(as_json, debug):
         from .. import api
 
@@ -42,12 +42,22 @@ def _show(facts: dict[str, Any], layers: bool) -> None:
         head.append(["bits per quantized weight", f"{facts['bits']:.3f}"])
     print_table(facts["name"], ["what", "value"], head)
     rows = [
-        [r["role"], r["tensors"], f"{r['parameters']:,}", f"{100 * r['share']:.1f} %", common.size(r["bytes"]), f"{r['bits']:.2f}"]
+        [
+            r["role"],
+            r["tensors"],
+            f"{r['parameters']:,}",
+            f"{100 * r['share']:.1f} %",
+            common.size(r["bytes"]),
+            f"{r['bits']:.2f}",
+        ]
         for r in facts["roles"]
     ]
     print_table("by role (all parameters)", ["role", "tensors", "parameters", "share", "bytes", "bits"], rows)
     if layers:
-        table = [[x["name"], x["role"], "x".join(map(str, x["shape"])), f"{x['bits']:.2f}", x["done"]] for x in facts["layers"]]
+        table = [
+            [x["name"], x["role"], "x".join(map(str, x["shape"])), f"{x['bits']:.2f}", x["done"]]
+            for x in facts["layers"]
+        ]
         print_table("linears", ["name", "role", "out x in", "bits", "what was done"], table)
     else:
         print_text("every linear: --layers")

@@ -67,11 +67,19 @@ def explain(
 
         found = [registry for registry in (steps, formats) if name in registry.names()]
         if not found:
-            raise DitcompressError("E201", name, "is neither a step nor a format", nearest(name, [*steps.names(), *formats.names()]))
+            raise DitcompressError(
+                "E201", name, "is neither a step nor a format", nearest(name, [*steps.names(), *formats.names()])
+            )
         module = found[0].get(name)
         fields: dict[str, Any] = module.Params.model_fields
         params = {key: str(field.default) for key, field in fields.items()}
-        value = {"name": name, "kind": found[0].kind, "text": module.__doc__, "parameters": params, "about": module.Params.__doc__}
+        value = {
+            "name": name,
+            "kind": found[0].kind,
+            "text": module.__doc__,
+            "parameters": params,
+            "about": module.Params.__doc__,
+        }
 
         def text() -> None:
             print_text(f"{name} ({found[0].kind})\n\n{(module.__doc__ or '').strip()}\n")

@@ -36,7 +36,9 @@ def find_classifier(subject: Subject) -> tuple[Classifier, str] | None:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DitcompressError("E203", f"--classifier {name}", f"cannot be imported ({error})", "give module:function") from None
+        raise DitcompressError(
+            "E203", f"--classifier {name}", f"cannot be imported ({error})", "give module:function"
+        ) from None
     return found, name
 
 
@@ -66,7 +68,8 @@ def measurements(subject: Subject, pairs: Pairs, classifier: Classifier, name: s
     identical = bool(torch.equal(pairs.original, pairs.compressed))
     difference = 100 * float(still.mean() - right.mean())
     return [
-        Measurement("class_accuracy", "class accuracy, difference", "T4", "pp", True, difference, 100 * low, 100 * high, n=n,
+        Measurement("class_accuracy", "class accuracy, difference", "T4", "pp", True, difference,
+                    100 * low, 100 * high, n=n,
                     original=100 * float(right.mean()), compressed=100 * float(still.mean()), identical=identical,
                     note=name),
         Measurement("label_flips", "samples whose class changed", "T3", "%", False, 100 * flips / n, 100 * flip_low,

@@ -55,7 +55,9 @@ def evaluate(
     rows = denoiser.measurements(probes, settings.seed)
     rows += paired.measurements(pairs, values, "" if subject.pixels else "latents, not images")
     skipped, extra = _class_rows(subject, pairs, rows)
-    finite = bool(np.isfinite(pairs.compressed.numpy()).all()) and all(np.isfinite(p.noise).all() for p in probes.values())
+    finite = bool(np.isfinite(pairs.compressed.numpy()).all()) and all(
+        np.isfinite(p.noise).all() for p in probes.values()
+    )
     found_checks = integrity.checks(subject, found_layers, finite)
     verdict, rows = decide(rows, margins, integrity.broken(found_checks))
     result = Result(

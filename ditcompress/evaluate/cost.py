@@ -104,7 +104,8 @@ def speed(subject: Subject) -> dict[str, Any]:
         "compressed_s": statistics.median(times["compressed"]),
         "spread": {name: [min(t), max(t)] for name, t in times.items()},
         "ratio": ratio,
-        "warning": f"{len(decoded)} of {len(packed)} packed layers decode their weights at each call: no speed-up is claimed"
+        "warning": f"{len(decoded)} of {len(packed)} packed layers decode their weights at each call: "
+        "no speed-up is claimed"
         if decoded
         else "",
     }

@@ -54,7 +54,9 @@ def sampler_weights(scheduler: Any, steps: int) -> tuple[list[float], np.ndarray
                 trial._step_index = index if trial.step_index is None else trial.step_index
             generator = torch.Generator().manual_seed(0)
             try:
-                out = trial.step(probe + value, trial.timesteps[index], probe, generator=generator, return_dict=False)[0]
+                out = trial.step(probe + value, trial.timesteps[index], probe, generator=generator, return_dict=False)[
+                    0
+                ]
             except TypeError:
                 out = trial.step(probe + value, trial.timesteps[index], probe, return_dict=False)[0]
             moved.append(out.flatten()[0].item())

@@ -57,7 +57,9 @@ def fresh_process(subject: Subject) -> Check:
     if not (folder / "config.json").is_file():
         return Check("fresh process", None, "a single file is not loadable by from_pretrained")
     command = [sys.executable, "-c", _CHILD, str(folder), type(subject.compressed).__name__, dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("digest ")]
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -85,7 +87,9 @@ def checks(subject: Subject, layers: list[LayerOutput], finite: bool) -> list[Ch
     found = [manifest(subject.result.path if subject.result.path.is_dir() else subject.result.folder)]
     if subject.settings.fresh_process:
         found.append(fresh_process(subject))
-    found.append(Check("finite outputs", finite, "every output is finite" if finite else "NaN or infinity in the outputs"))
+    found.append(
+        Check("finite outputs", finite, "every output is finite" if finite else "NaN or infinity in the outputs")
+    )
     text = f"constant output: {', '.join(dead[:3])}" if dead else "no layer is dead or constant"
     found.append(Check("live layers", not dead, text))
     return found

@@ -42,7 +42,11 @@ def bca_interval(
     draws = np.array([statistic(rows[random.integers(0, n, n)]) for _ in range(rounds)])
     below = np.clip((draws < value).mean(), 1 / rounds, 1 - 1 / rounds)
     bias = stats.norm.ppf(below)
-    jack = np.array([statistic(np.delete(rows, i, 0)) for i in range(n)]) if n <= 512 else _grouped_jackknife(rows, statistic)
+    jack = (
+        np.array([statistic(np.delete(rows, i, 0)) for i in range(n)])
+        if n <= 512
+        else _grouped_jackknife(rows, statistic)
+    )
     centred = jack.mean() - jack
     spread = (centred**2).sum() ** 1.5
     skew = 0.0 if spread == 0 else (centred**3).sum() / (6 * spread)

@@ -93,7 +93,11 @@ def _one(
     weights = layer.in_features * layer.out_features
     spec, activation = layer.scheme.weight, layer.scheme.activation
     rows = output.flatten(0, -2)
-    constant = len(rows) > 1 and bool((rows == rows[0]).all()) and not bool((reference.flatten(0, -2) == reference.flatten(0, -2)[0]).all())
+    constant = (
+        len(rows) > 1
+        and bool((rows == rows[0]).all())
+        and not bool((reference.flatten(0, -2) == reference.flatten(0, -2)[0]).all())
+    )
     return LayerOutput(
         name=name,
         role=role,

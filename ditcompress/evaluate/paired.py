@@ -84,11 +84,14 @@ def measurements(pairs: Pairs, values: dict[str, np.ndarray], unit: str) -> list
     floor = unrelated_psnr(pairs) if n > 1 else None
     note = unit if found else "some outputs are not finite"
     rows = [
-        Measurement("psnr", "paired PSNR, median", "T3", "dB", True, float(np.median(psnr)), low, high, n=n, floor=floor,
+        Measurement("psnr", "paired PSNR, median", "T3", "dB", True, float(np.median(psnr)), low, high, n=n,
+                    floor=floor,
                     identical=identical, note=note),
-        Measurement("psnr_p05", "paired PSNR, 5th percentile", "T3", "dB", True, float(np.quantile(psnr, 0.05, method="lower")),
+        Measurement("psnr_p05", "paired PSNR, 5th percentile", "T3", "dB", True,
+                    float(np.quantile(psnr, 0.05, method="lower")),
                     n=n, identical=identical),
-        Measurement("psnr_worst", "paired PSNR, worst pair", "T3", "dB", True, float(psnr.min()), n=n, identical=identical),
+        Measurement("psnr_worst", "paired PSNR, worst pair", "T3", "dB", True, float(psnr.min()), n=n,
+                    identical=identical),
     ]  # fmt: skip
     for name, metric in metrics.registry.all().items():
         if name != "psnr":
@@ -119,6 +122,7 @@ def summary(values: dict[str, np.ndarray], conditions: Any) -> dict[str, Any]:
 def chosen_images(pairs: Pairs, psnr: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
     """Indices of `count` seeded-random pairs and of the `count` worst."""
     random = np.random.default_rng(seed).permutation(len(psnr))[:count]
-    return {"random": sorted(int(i) for i in random), "worst": [int(i) for i in np.argsort(psnr, kind="stable")[:count]]}
-
-
+    return {
+        "random": sorted(int(i) for i in random),
+        "worst": [int(i) for i in np.argsort(psnr, kind="stable")[:count]],
+    }

@@ -92,7 +92,9 @@ def open_subject(
         ("latent shape", adapter.latent_shape(source.config) == adapter.latent_shape(result.config)),
     ):
         if not same:
-            raise DitcompressError("E340", compressed, f"{key} differs from the original's", "give two versions of one model")
+            raise DitcompressError(
+                "E340", compressed, f"{key} differs from the original's", "give two versions of one model"
+            )
     sampler = load_scheduler(source.config, scheduler or source.scheduler_folder, adapter, reporter)
     count = max(settings.pairs, settings.inputs, 8)
     given = get_conditions(source, adapter, count, settings.seed, file=conditions, prompts=prompts, reporter=reporter)

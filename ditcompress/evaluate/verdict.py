@@ -48,7 +48,9 @@ def margins_of(profile: str, overrides: Mapping[str, float]) -> tuple[Margin, ..
     margins = {margin.measurement: margin for margin in PROFILES[profile]}
     for name, value in overrides.items():
         if name not in margins:
-            raise DitcompressError("E203", f"--margin {name}", "is not gated by this profile", nearest(name, list(margins)))
+            raise DitcompressError(
+                "E203", f"--margin {name}", "is not gated by this profile", nearest(name, list(margins))
+            )
         old = margins[name]
         margins[name] = Margin(name, value, None) if old.least is not None else Margin(name, None, value)
     return tuple(margins.values())
@@ -86,7 +88,9 @@ def _needed(measurement: Measurement, margin: Margin) -> str:
     return f"about {math.ceil(measurement.n * (width / gap) ** 2)} pairs would decide"
 
 
-def decide(measurements: Sequence[Measurement], margins: Sequence[Margin], broken: bool) -> tuple[str, list[Measurement]]:
+def decide(
+    measurements: Sequence[Measurement], margins: Sequence[Margin], broken: bool
+) -> tuple[str, list[Measurement]]:
     """The verdict and the gated measurements. `broken`: an integrity check failed, which is always FAIL."""
     by_name = {margin.measurement: margin for margin in margins}
     gated = [gate(m, by_name[m.name]) if m.name in by_name else m for m in measurements]

@@ -1,6 +1,7 @@
-"""A plain diffusers folder: weights decoded, smoothing undone, low-rank parts added; stock diffusers loads it without us.
+"""A plain diffusers folder that stock diffusers loads without us.
 
-Activation quantization is a matter of running, not of weights, so it is not part of the export.
+Weights are decoded, smoothing is undone, low-rank parts are added. Activation quantization is a matter of running, not
+of weights, so it is not part of the export.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder = target / component
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
-    layers = DitcompressConfig(**{k: v for k, v in (checkpoint.quantization or {}).items() if k != "quant_method"}).layers
+    layers = DitcompressConfig(
+        **{k: v for k, v in (checkpoint.quantization or {}).items() if k != "quant_method"}
+    ).layers
     stored = {f"{name}.{suffix}" for name in layers for suffix in _packed(model, name).stored}
     writer = ShardWriter(folder)
     for name in layers:

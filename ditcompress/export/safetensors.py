@@ -24,4 +24,8 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     for name in checkpoint.tensors:
         if not torch.equal(again.read(name).view(torch.uint8), checkpoint.read(name).view(torch.uint8)):
             raise DitcompressError("E323", f"{file.name}: {name}", "reads back other bytes", "check the disk")
-    return {"tensors": len(checkpoint.tensors), "bytes": file.stat().st_size, "verified": "every tensor reads back equal"}
+    return {
+        "tensors": len(checkpoint.tensors),
+        "bytes": file.stat().st_size,
+        "verified": "every tensor reads back equal",
+    }

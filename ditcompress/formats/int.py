@@ -155,8 +155,9 @@ def _slice(weight_columns: int, columns: slice | None) -> slice:
     return slice(0, weight_columns) if columns is None else columns
 
 
-def code(weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None,
-         columns: slice | None = None) -> Tensor:
+def code(
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+) -> Tensor:
     """Nearest codes, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
     where = _slice(shape[1], columns)
@@ -166,8 +167,9 @@ def code(weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | No
     return codes.clamp(*_code_range(params)).to(torch.int32)
 
 
-def value(codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None,
-          columns: slice | None = None) -> Tensor:
+def value(
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])
     where = _slice(shape[1], columns)
@@ -198,10 +200,8 @@ def layout(params: Params, shape: tuple[int, int]) -> dict[str, tuple[tuple[int,
 def pack(codes: Tensor, grid: Grid, params: Params) -> dict[str, Tensor]:
     """The stored tensors, as `layout` declares them."""
     lowest, _ = _code_range(params)
-    if params.bits == 8 and params.symmetric:
-        packed = codes.to(torch.int8)
-    else:
-        packed = pack_bits(codes - lowest, params.bits)
+    plain = params.bits == 8 and params.symmetric
+    packed = codes.to(torch.int8) if plain else pack_bits(codes - lowest, params.bits)
     if params.scale == "uint8":
         assert grid.row_scale is not None
         scales = {

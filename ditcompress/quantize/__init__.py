@@ -87,5 +87,3 @@ def needs(plan: Plan) -> set[str]:
         if decision.activation.mode == "static":
             found.add("range")
     return found
-
-

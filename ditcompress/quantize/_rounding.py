@@ -42,7 +42,9 @@ def inverse_factor(hessian: Tensor, where: str) -> Tensor:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return factor
-    raise DitcompressError("E701", where, "its Gram matrix is singular", "raise gptq.damp or calibrate with more samples")
+    raise DitcompressError(
+        "E701", where, "its Gram matrix is singular", "raise gptq.damp or calibrate with more samples"
+    )
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, where: str = "") -> Tensor:

@@ -128,6 +128,10 @@ def validated(module: ModuleType, params: Any, where: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         known = list(module.Params.model_fields)
-        remedy = nearest(key, known) if first["type"] == "extra_forbidden" else f"see `ditcompress explain {where.split()[-1]}`"
+        remedy = (
+            nearest(key, known)
+            if first["type"] == "extra_forbidden"
+            else f"see `ditcompress explain {where.split()[-1]}`"
+        )
         what = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
         raise DitcompressError("E202", f"{where}: {key or 'parameters'}", what, remedy) from None

@@ -35,14 +35,16 @@ def alternate(layer: Layer, rounds: int) -> tuple[Tensor, Grid, Tensor, Tensor]:
         grid = fmt.fit(residual, format_params)
         codes = fmt.code(residual, grid, format_params)
         if rank:
-            left, singular, right = torch.linalg.svd(weight - fmt.value(codes, grid, format_params), full_matrices=False)
+            left, singular, right = torch.linalg.svd(
+                weight - fmt.value(codes, grid, format_params), full_matrices=False
+            )
             root = singular[:rank].sqrt()
             up, down = left[:, :rank] * root, root[:, None] * right[:rank]
     return codes, grid, up, down
 
 
 def encode(layer: Layer, params: Params) -> Encoded:
-    fmt, format_params = resolve(layer.decision.weight)
+    _, format_params = resolve(layer.decision.weight)
     codes, grid, up, down = alternate(layer, params.rounds)
     if layer.smooth is not None:
         if getattr(format_params, "layout", "") != "column_group":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,30 @@ from torch import Tensor
 from ..checkpoint.writer import save_atomic
 from ..errors import DitcompressError
 from . import plots
+
+FIGURES: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str | None]]] = (
+    (
+        "SQNR of the denoiser over timesteps",
+        "How far the compressed prediction is from the original's on the same inputs; higher is better. "
+        "The band covers 5 to 95 % of inputs.",
+        lambda r: plots.sqnr_over_time(r["timesteps"]),
+    ),
+    (
+        "Output SQNR of each linear",
+        "Errors of earlier layers included; diagnostic, nothing is gated on it.",
+        lambda r: plots.layer_sqnr(r["layers"]),
+    ),
+    (
+        "Paired PSNR over all pairs",
+        "The curve of a better model lies further right.",
+        lambda r: plots.psnr_distribution(r["pairs"].get("psnr", [])),
+    ),
+    (
+        "Stored bits of each linear",
+        "Scales, zeros and low-rank factors included.",
+        lambda r: plots.layer_bits(r["layers"]),
+    ),
+)
 
 Images = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]
 
@@ -33,7 +57,9 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Images]:
     try:
         result = json.loads((folder / "report.json").read_text())
     except (OSError, ValueError):
-        raise DitcompressError("E301", folder / "report.json", "is no report", "run `ditcompress evaluate ... --out DIR`") from None
+        raise DitcompressError(
+            "E301", folder / "report.json", "is no report", "run `ditcompress evaluate ... --out DIR`"
+        ) from None
     images: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     if (folder / "images.safetensors").is_file():
         for name, pair in load_file(folder / "images.safetensors").items():
@@ -63,7 +89,9 @@ def _triples(images: Images, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     originals = [a for rows in images.values() for _, a, _ in rows]
     pixels = originals[0].shape[0] in (1, 3)
-    low, high = (-1.0, 1.0) if pixels else (min(float(t.min()) for t in originals), max(float(t.max()) for t in originals))
+    low, high = (
+        (-1.0, 1.0) if pixels else (min(float(t.min()) for t in originals), max(float(t.max()) for t in originals))
+    )
     most = max(float((b - a).abs().max()) for rows in images.values() for _, a, b in rows)
     gain = max(1, round((high - low) / 2 / max(most, 1e-6)))
     names = {"random": "Random pairs (seeded)", "worst": "The worst pairs"}
@@ -92,12 +120,7 @@ def render(result: Mapping[str, Any], images: Images) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=number, size=size)
     template = environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
-    figures = [
-        ("SQNR of the denoiser over timesteps", "How far the compressed prediction is from the original's on the same inputs; higher is better. The band covers 5 to 95 % of inputs.", plots.sqnr_over_time(result["timesteps"])),
-        ("Output SQNR of each linear", "Errors of earlier layers included; diagnostic, nothing is gated on it.", plots.layer_sqnr(result["layers"])),
-        ("Paired PSNR over all pairs", "The curve of a better model lies further right.", plots.psnr_distribution(result["pairs"].get("psnr", []))),
-        ("Stored bits of each linear", "Scales, zeros and low-rank factors included.", plots.layer_bits(result["layers"])),
-    ]  # fmt: skip
+    figures = [(title, text, draw(result)) for title, text, draw in FIGURES]
     return template.render(
         r=result,
         figures=[f for f in figures if f[2]],

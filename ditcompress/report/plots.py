@@ -1,5 +1,8 @@
-"""Plots and images of the report, as data: URIs. Colours come from one colour-blind-safe list; backgrounds are transparent
-with mid-grey text, so that one picture serves light and dark pages."""
+"""Plots and images of the report, as data: URIs.
+
+Colours come from one colour-blind-safe list; backgrounds are transparent with mid-grey text, so that one picture serves
+light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ ROLE_COLOURS = {
     "modulation": "#009E73", "time_embedding": "#CC79A7", "other": "#888888",
 }  # fmt: skip
 INK = "#7b8490"
-_STYLE = {
+_STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "legend.frameon": False,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "grid.alpha": 0.25,
@@ -59,7 +62,14 @@ def sqnr_over_time(rows: Sequence[Mapping[str, Any]]) -> str | None:
             if part:
                 t = [r["timestep"] for r in part]
                 axes.fill_between(t, [r["p05"] for r in part], [r["p95"] for r in part], color=colour, alpha=0.15, lw=0)
-                axes.plot(t, [r["sqnr_db"] for r in part], "o-", color=colour, ms=4, label="conditional" if branch == "cond" else "null")
+                axes.plot(
+                    t,
+                    [r["sqnr_db"] for r in part],
+                    "o-",
+                    color=colour,
+                    ms=4,
+                    label="conditional" if branch == "cond" else "null",
+                )
         axes.legend()
         return _svg(figure)
 
@@ -103,7 +113,7 @@ def psnr_distribution(values: Sequence[float | None]) -> str | None:
 
 
 def picture(image: Tensor, low: float, high: float, size: int = 96) -> str:
-    """An image (channels, height, width) with [low, high] shown as black to white; latents show their first channels."""
+    """An image (channels, height, width), [low, high] shown as black to white; of latents the first channels."""
     from PIL import Image
 
     data = ((image[:3] if image.shape[0] >= 3 else image[:1]) - low) / max(high - low, 1e-12)

@@ -6,7 +6,7 @@ forward: x / smooth (where smoothing is online) -> quantize the input -> product
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Scheme:
     """How one linear is stored and run, as config.json says it."""
 
     weight: WeightSpec
-    activation: ActivationSpec = ActivationSpec()
+    activation: ActivationSpec = field(default_factory=ActivationSpec)
     smooth: str = "none"
     rank: int = 0
 
@@ -64,6 +64,14 @@ def kernel_for(scheme: Scheme, device: torch.device) -> str:
 
 class PackedLinear(nn.Module):
     """A linear whose weight is stored packed. Works on the meta device; dtypes of the stored tensors never change."""
+
+    qweight: Tensor
+    scale: Tensor
+    smooth: Tensor
+    low_rank_up: Tensor
+    low_rank_down: Tensor
+    input_scale: Tensor
+    input_zero: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, scheme: Scheme, dtype: torch.dtype | None = None
@@ -123,10 +131,8 @@ class PackedLinear(nn.Module):
         dtype = x.dtype
         if self.scheme.smooth == "online":
             x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
-        if kernel_for(self.scheme, x.device) == cpu_int8.NAME:
-            y = self._integer(x)
-        else:
-            y = self._reference(x, dtype)
+        integer = kernel_for(self.scheme, x.device) == cpu_int8.NAME
+        y = self._integer(x) if integer else self._reference(x, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _integer(self, x: Tensor) -> Tensor:
