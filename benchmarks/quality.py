@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ditcompress import api
 from ditcompress.console import Silent, print_table
-from ditcompress.evaluate.digits import digits_folder
+from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.measures import output_sqnr_db
 from ditcompress.models import adapter_for

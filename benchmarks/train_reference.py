@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ditcompress.evaluate.digits import DigitClassifier
+from ditcompress.evaluation.digits import DigitClassifier
 
 NULL = 10  # label of the unconditional branch
 CONFIG = {

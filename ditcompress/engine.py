@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 class Steps(Protocol):
-    """What the engine needs of `quantize/`, handed in because the engine stands below it."""
+    """What the engine needs of `quantization/`, handed in because the engine stands below it."""
 
     def prepare(
         self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any

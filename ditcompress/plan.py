@@ -30,7 +30,7 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One step of a recipe: the name of a module in `quantize/` and its parameters (JSON values only)."""
+    """One step of a recipe: the name of a module in `quantization/` and its parameters (JSON values only)."""
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)

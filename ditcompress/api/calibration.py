@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from ..calibrate.collect import CalibrationSettings, collect
-from ..calibrate.conditions import Conditions, get_conditions
-from ..calibrate.schedulers import load_scheduler
-from ..calibrate.statistics import Statistics
-from ..calibrate.store import fingerprint, load_statistics, save_statistics
+from ..calibration.collect import CalibrationSettings, collect
+from ..calibration.conditions import Conditions, get_conditions
+from ..calibration.schedulers import load_scheduler
+from ..calibration.statistics import Statistics
+from ..calibration.store import fingerprint, load_statistics, save_statistics
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..loading import load_model, open_model
 from ..models import adapter_for
-from ..quantize import needs
+from ..quantization import needs
 from ..recipe import Calibration, Recipe, data_folder, load_recipe, make_plan
 
 

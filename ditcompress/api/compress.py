@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from .. import engine
-from ..calibrate.collect import collect
-from ..calibrate.schedulers import load_scheduler
-from ..calibrate.statistics import Statistics
-from ..calibrate.store import load_statistics
+from ..calibration.collect import collect
+from ..calibration.schedulers import load_scheduler
+from ..calibration.statistics import Statistics
+from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
@@ -29,7 +29,7 @@ from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, r
 from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
-from ..quantize import RecipeSteps, check_plan, choose, needs
+from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from .calibration import cached_statistics, conditions_for, settings_of
 

@@ -11,9 +11,9 @@ import torch
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from ..evaluate import compare
-from ..evaluate.digits import digits_folder
-from ..evaluate.settings import EvaluateSettings
+from ..evaluation import compare
+from ..evaluation.digits import digits_folder
+from ..evaluation.settings import EvaluateSettings
 from ..recipe import data_folder
 from ..report.html import read_report, render, write_report
 from .calibration import pick_device, pick_dtype

@@ -9,7 +9,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from ..export import registry as exporters
+from ..exporters import registry as exporters
 from ..loading import meta_model, open_model
 from ..models import account, adapter_for, build_meta
 from ..runtime.linear import PackedLinear

@@ -62,7 +62,7 @@ def explain(
     with common.command(as_json, debug):
         from ..errors import DitcompressError
         from ..formats.base import registry as formats
-        from ..quantize.base import registry as steps
+        from ..quantization.base import registry as steps
         from ..registry import nearest
 
         found = [registry for registry in (steps, formats) if name in registry.names()]

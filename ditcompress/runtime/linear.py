@@ -132,11 +132,11 @@ class PackedLinear(nn.Module):
         if self.scheme.smooth == "online":
             x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
         integer = kernel_for(self.scheme, x.device) == cpu_int8.NAME
-        y = self._integer(x) if integer else self._reference(x, dtype)
+        y = self._integer(x, dtype) if integer else self._reference(x, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _integer(self, x: Tensor) -> Tensor:
-        """INT8 by INT8; the low-rank part and the result are in the dtype of x."""
+    def _integer(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """INT8 by INT8, rescaled in float32; the result is in `dtype`."""
         spec = self.scheme.activation
         if spec.symmetric:
             codes, scale = quantize_token(x, spec.bits)
@@ -150,7 +150,7 @@ class PackedLinear(nn.Module):
         if self.scheme.rank:
             rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
             y = y + self._low_rank(rounded)
-        return y.to(x.dtype)
+        return y.to(dtype)
 
     def _reference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         spec = self.scheme.activation

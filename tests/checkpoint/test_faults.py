@@ -270,7 +270,9 @@ def original_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for old, new in (("0", "linear_1"), ("2", "linear_2")):
             key = f"transformer_blocks.0.norm1.emb.timestep_embedder.{new}.{leaf}"
             result[f"t_embedder.mlp.{old}.{leaf}"] = state[key]
-    result["y_embedder.embedding_table.weight"] = state["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"]
+    result["y_embedder.embedding_table.weight"] = state[
+        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    ]
     result["pos_embed"] = torch.zeros(1, 16, 128)
     return result
 
@@ -285,7 +287,7 @@ def test_an_original_dit_checkpoint_loads_as_the_diffusers_model(tmp_path: Path)
         num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         num_embeds_ada_norm=7, norm_elementwise_affine=False, norm_type="ada_norm_zero", norm_eps=1e-6,
     ).eval()  # fmt: skip
-    shared = {k: v for k, v in model.transformer_blocks[0].norm1.emb.state_dict().items()}
+    shared = dict(model.transformer_blocks[0].norm1.emb.state_dict())
     model.transformer_blocks[1].norm1.emb.load_state_dict(shared)  # the original has one embedder for all blocks
     torch.save({"ema": original_names(model), "args": argparse.Namespace(lr=1.0)}, tmp_path / "dit.pt")
     loaded, checkpoint = load_model(tmp_path / "dit.pt")

@@ -70,7 +70,9 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
         folder = tmp_path / seed
         folder.mkdir()
         subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), str(folder)], check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+            [sys.executable, "-c", textwrap.dedent(code), str(folder)],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
         )
         digests.add(tuple(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())))
     assert len(digests) == 1
@@ -84,7 +86,7 @@ def test_a_result_has_a_manifest_that_notices_any_change(tmp_path: Path) -> None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DitcompressError, match="E323.*sha256"):
+    with pytest.raises(DitcompressError, match=r"E323.*sha256"):
         verify_manifest(tmp_path / "out")
 
 
@@ -101,13 +103,13 @@ def test_a_failure_leaves_the_earlier_result_and_no_rubbish(tmp_path: Path) -> N
 
 def test_overwriting_is_asked_for_and_only_of_our_own_results(tmp_path: Path) -> None:
     write(tmp_path / "out")
-    with pytest.raises(DitcompressError, match="E501.*--overwrite"):
+    with pytest.raises(DitcompressError, match=r"E501.*--overwrite"):
         write(tmp_path / "out")
     write(tmp_path / "out", 2.0, overwrite=True)
     assert load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")["x"][0] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(DitcompressError, match="E501.*no result of ditcompress"):
+    with pytest.raises(DitcompressError, match=r"E501.*no result of ditcompress"):
         write(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
@@ -115,20 +117,20 @@ def test_overwriting_is_asked_for_and_only_of_our_own_results(tmp_path: Path) ->
 def test_the_output_is_neither_the_input_nor_around_nor_inside_it(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for target in (tmp_path / "in", tmp_path / "in" / "out", tmp_path):
-        with pytest.raises(DitcompressError, match="E501"):
+        with pytest.raises(DitcompressError, match=r"E501"):
             write(target, overwrite=True, inputs=[tmp_path / "in"])
     (tmp_path / "link").symlink_to(tmp_path / "in")
-    with pytest.raises(DitcompressError, match="E402"):
+    with pytest.raises(DitcompressError, match=r"E402"):
         write(tmp_path / "link")
 
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
-    with output_folder(tmp_path / "out"), pytest.raises(DitcompressError, match="E502"):
+    with output_folder(tmp_path / "out"), pytest.raises(DitcompressError, match=r"E502"):
         write(tmp_path / "out")
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(DitcompressError, match="E601"):
+    with pytest.raises(DitcompressError, match=r"E601"):
         write(tmp_path / "out", planned_bytes=2**60)
     assert not (tmp_path / "out").exists()
 
@@ -190,6 +192,6 @@ def test_work_of_another_run_is_refused_by_the_name_of_what_changed(tmp_path: Pa
     folder = work_folder(tmp_path / "out", {"recipe": "a", "seed": 0})
     (folder / "part").write_text("x")
     assert (work_folder(tmp_path / "out", {"recipe": "a", "seed": 0}) / "part").exists()
-    with pytest.raises(DitcompressError, match="E503.*seed.*--restart"):
+    with pytest.raises(DitcompressError, match=r"E503.*seed.*--restart"):
         work_folder(tmp_path / "out", {"recipe": "a", "seed": 1})
     assert not (work_folder(tmp_path / "out", {"recipe": "a", "seed": 1}, restart=True) / "part").exists()

@@ -25,11 +25,11 @@ from ..formats.base import PackedWeight, StrictParams, dequantize, resolve
 from ..plan import LayerDecision, StepSpec
 from ..registry import Registry, nearest
 
-registry = Registry("ditcompress.quantize", "step", ("Params", "NEEDS"))
+registry = Registry("ditcompress.quantization", "step", ("Params", "NEEDS"))
 
 
 class InputStatistics(Protocol):
-    """What calibration knows about one input (see calibrate/statistics.py)."""
+    """What calibration knows about one input (see calibration/statistics.py)."""
 
     low: Tensor  # (buckets, in) least value of each channel
     high: Tensor  # (buckets, in)

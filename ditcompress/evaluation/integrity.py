@@ -43,7 +43,7 @@ _CHILD = """
 import sys, json, torch
 import ditcompress
 import diffusers
-from ditcompress.evaluate.integrity import state_digest
+from ditcompress.evaluation.integrity import state_digest
 torch.set_num_threads(1)
 cls = getattr(diffusers, sys.argv[2])
 model = cls.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[3]))

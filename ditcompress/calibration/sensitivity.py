@@ -26,31 +26,32 @@ class TokenWeights:
         self.inputs: dict[str, list[Tensor]] = {}
         self.weights: dict[str, list[Tensor]] = {}
         self.handles = []
-        first: set[str] = set()
         for site in layout.sites:
-            keep = site.input_key not in first or site.role == "attn_out"
-            first.add(site.input_key)
-            self.handles.append(model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key, keep)))
+            self.handles.append(model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key)))
 
-    def _hook(self, key: str, keep: bool) -> Any:
+    def _hook(self, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # layers that see only time and condition start a graph of their own
                 output = output.detach().requires_grad_(True)
-            place = len(self.inputs.setdefault(key, []))
-            if keep:
-                self.inputs[key].append(args[0].detach())
-                self.weights.setdefault(key, []).append(torch.zeros(args[0].shape[:-1], device=args[0].device))
-            else:
-                place -= 1
-            weights = self.weights[key]
+            weights = self._place(key, args[0].detach())
 
             def seen(gradient: Tensor) -> None:
-                weights[place] += gradient.detach().float().square().mean(-1)
+                weights.add_(gradient.detach().float().square().mean(-1))
 
             output.register_hook(seen)
             return output
 
         return hook
+
+    def _place(self, key: str, x: Tensor) -> Tensor:
+        """The weights of an input: the readers of one tensor add to the same ones."""
+        inputs, weights = self.inputs.setdefault(key, []), self.weights.setdefault(key, [])
+        for known, place in zip(inputs, weights, strict=True):
+            if known.data_ptr() == x.data_ptr() and known.shape == x.shape:
+                return place
+        inputs.append(x)
+        weights.append(torch.zeros(x.shape[:-1], device=x.device))
+        return weights[-1]
 
     def __enter__(self) -> TokenWeights:
         return self

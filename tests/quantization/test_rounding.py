@@ -10,8 +10,8 @@ import torch
 from ditcompress.errors import DitcompressError
 from ditcompress.formats import int as fmt
 from ditcompress.plan import LayerDecision, StepSpec, WeightSpec
-from ditcompress.quantize import RecipeSteps, _rounding, mixed, registry
-from ditcompress.quantize.base import step_module
+from ditcompress.quantization import RecipeSteps, _rounding, mixed, registry
+from ditcompress.quantization.base import step_module
 
 PARAMS = fmt.Params(bits=3, layout="group", group=16, symmetric=False)
 
@@ -77,7 +77,7 @@ def test_a_dead_channel_and_a_singular_gram_are_survived() -> None:
 
 def test_an_all_zero_or_infinite_gram_names_the_layer() -> None:
     for bad in (torch.zeros(4, 4), torch.full((4, 4), float("inf"))):
-        with pytest.raises(DitcompressError, match="E701.*blocks.3.to_q"):
+        with pytest.raises(DitcompressError, match=r"E701.*blocks.3.to_q"):
             _rounding.damped(bad, 0.01, "blocks.3.to_q")
 
 
@@ -104,7 +104,9 @@ def test_every_encoder_is_deterministic_and_not_worse_than_rounding(name: str) -
     one = decision((StepSpec(name),), rank=4 if name == "loftq" else 0, **shape)
     plain = decision((StepSpec("rtn"),), **shape)
     results = [RecipeSteps().encode(d, weight, statistics(gram), None, 0) for d in (one, one, plain)]
-    assert all(torch.equal(results[0].packed.tensors[k], results[1].packed.tensors[k]) for k in results[0].packed.tensors)
+    assert all(
+        torch.equal(results[0].packed.tensors[k], results[1].packed.tensors[k]) for k in results[0].packed.tensors
+    )
     errors = [(weight - r.dequantize()).double() for r in (results[0], results[2])]
     found, rounding = (torch.einsum("ri,ij,rj->", e, gram, e).item() for e in errors)
     assert found <= rounding * (1 + 1e-6)
@@ -112,7 +114,7 @@ def test_every_encoder_is_deterministic_and_not_worse_than_rounding(name: str) -
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_step_refuses_an_unknown_parameter_and_names_the_nearest(name: str) -> None:
-    with pytest.raises(DitcompressError, match="E202") as caught:
+    with pytest.raises(DitcompressError, match=r"E202") as caught:
         step_module(StepSpec(name, {"dampp": 1}))
     assert "dampp" in caught.value.line()
 
@@ -121,7 +123,12 @@ def test_mixed_precision_keeps_the_budget_and_widens_the_sensitive_layer() -> No
     weight, gram = problem()
     steps = (StepSpec("mixed"), StepSpec("gptq"))
     layers = [
-        LayerDecision(name, "qkv", WeightSpec("int", {"bits": 4, "layout": "row", "symmetric": False, "scale": "float16"}), steps=steps)
+        LayerDecision(
+            name,
+            "qkv",
+            WeightSpec("int", {"bits": 4, "layout": "row", "symmetric": False, "scale": "float16"}),
+            steps=steps,
+        )
         for name in ("calm", "fragile", "also calm")
     ]
     stats = {name: statistics(gram * (1000 if name == "fragile" else 1)) for name in ("calm", "fragile", "also calm")}

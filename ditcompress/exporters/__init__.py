@@ -8,4 +8,4 @@ from __future__ import annotations
 
 from ..registry import Registry
 
-registry = Registry("ditcompress.export", "export format", ("NEEDS_FOLDER", "export"))
+registry = Registry("ditcompress.exporters", "export format", ("NEEDS_FOLDER", "export"))

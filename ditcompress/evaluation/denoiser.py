@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibrate.trajectory import StepRecord
+from ..calibration.trajectory import StepRecord
 from ..console import Reporter
 from ..measures import ratio_db
 from ..result import Measurement

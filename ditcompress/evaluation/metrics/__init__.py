@@ -11,4 +11,6 @@ from __future__ import annotations
 
 from ...registry import Registry
 
-registry = Registry("ditcompress.evaluate.metrics", "metric", ("LABEL", "UNIT", "HIGHER_IS_BETTER", "IDEAL", "values"))
+registry = Registry(
+    "ditcompress.evaluation.metrics", "metric", ("LABEL", "UNIT", "HIGHER_IS_BETTER", "IDEAL", "values")
+)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.trajectory import StepRecord
+from ..calibration.trajectory import StepRecord
 from ..measures import cosine, sqnr_db
 from ..runtime.linear import PackedLinear, kernel_for
 from .subject import Subject

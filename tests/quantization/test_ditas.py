@@ -8,8 +8,8 @@ import torch
 from ditcompress import engine, recipe
 from ditcompress.models import dit
 from ditcompress.models.base import Layout
-from ditcompress.quantize import RecipeSteps, ditas, loftq, smooth
-from ditcompress.quantize.base import Group, Layer
+from ditcompress.quantization import RecipeSteps, ditas, loftq, smooth
+from ditcompress.quantization.base import Group, Layer
 from ditcompress.structure import apply_fold
 
 from .test_rounding import decision, problem, statistics

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.conditions import Conditions, get_conditions
-from ..calibrate.schedulers import load_scheduler
-from ..calibrate.trajectory import Sampling, StepRecord, sample
+from ..calibration.conditions import Conditions, get_conditions
+from ..calibration.schedulers import load_scheduler
+from ..calibration.trajectory import Sampling, StepRecord, sample
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter
 from ..errors import DitcompressError

@@ -1,0 +1,134 @@
+"""The block loop: every family, folding that preserves the function, resuming that preserves the bytes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ditcompress import api, engine, recipe
+from ditcompress.checkpoint.source import ModuleSource
+from ditcompress.models import registry as families
+from ditcompress.quantization import RecipeSteps, check_plan
+
+NAMES = [n for n in families.names() if n != "generic"]
+
+
+def forward(family: Any, model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, *family.latent_shape(model.config), generator=generator)
+    cond = family.random_conditions(model.config, 2, generator)
+    with torch.no_grad():
+        return family.predict(model, latents, torch.tensor([500.0, 20.0]), cond)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recipe_name", sorted(recipe.recipe_files()))
+def test_every_recipe_works_on_every_family(name: str, recipe_name: str) -> None:
+    family = families.get(name)
+    model = family.tiny()
+    chosen = recipe.load_recipe(recipe_name, SMALL if recipe.load_recipe(recipe_name).calibration else [])
+    result = api.quantize(model, chosen)
+    assert result.model is not None and result.records
+    before, after = forward(family, model), forward(family, result.model)
+    relative = float((after - before).norm() / before.norm())
+    assert 0 < relative < (0.1 if "w8" in recipe_name else 0.8)
+
+
+SMALL = ["calibration.samples=2", "calibration.steps=2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoothing_with_folds_changes_nothing_when_rounding_is_fine(name: str) -> None:
+    """Eight bits on a smooth recipe against eight bits without: both near the original, and folds really happened."""
+    family = families.get(name)
+    model = family.tiny()
+    text = {
+        "name": "smooth8",
+        "calibration": {"samples": 2, "steps": 2},
+        "rules": [
+            {
+                "weight": {"format": "int", "bits": 8, "scale": "float32"},
+                "smooth": "fold",
+                "steps": [{"smooth": {}}, "rtn"],
+            }
+        ],
+    }
+    result = api.quantize(model, recipe.parse_recipe(text, "test"))
+    kinds = {r.smooth for r in result.records}
+    assert "fold" in kinds and "online" in kinds
+    before, after = forward(family, model), forward(family, result.model)
+    assert float((after - before).norm() / before.norm()) < 0.05
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) -> None:
+    family = families.get("dit")
+    model = family.tiny()
+    source, layout = ModuleSource(model), family.layout(model)
+    plan = recipe.make_plan(recipe.load_recipe("w4a16-rtn"), layout)
+    whole = api.compress._Memory()
+    engine.run(source, layout, plan, {}, RecipeSteps(), whole)
+
+    class Stops(RecipeSteps):
+        calls = 0
+
+        def encode(self, *args: Any) -> Any:
+            Stops.calls += 1
+            if Stops.calls == 12:
+                raise KeyboardInterrupt
+            return super().encode(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(source, layout, plan, {}, Stops(), api.compress._Memory(), journal=tmp_path)
+    assert (tmp_path / "unit-00000.json").exists()
+    resumed = api.compress._Memory()
+    Stops.calls = 100
+    outcome = engine.run(source, layout, plan, {}, Stops(), resumed, journal=tmp_path)
+    assert Stops.calls < 100 + 18  # the first block was not done again
+    assert list(resumed.tensors) == list(whole.tensors) and len(outcome.records) == 18
+    assert all(torch.equal(resumed.tensors[n], t) for n, t in whole.tensors.items())
+
+
+def test_static_activations_use_the_calibrated_range() -> None:
+    family = families.get("dit")
+    model = family.tiny()
+    text = {
+        "name": "static",
+        "calibration": {"samples": 2, "steps": 2},
+        "rules": [
+            {"weight": {"format": "int"}, "activation": {"mode": "static", "symmetric": False}, "steps": ["rtn"]}
+        ],
+    }
+    result = api.quantize(model, recipe.parse_recipe(text, "test"))
+    layer = result.model.transformer_blocks[0].attn1.to_q
+    assert layer.input_scale > 0 and 0 <= layer.input_zero <= 255
+    before, after = forward(family, model), forward(family, result.model)
+    assert float((after - before).norm() / before.norm()) < 0.3
+
+
+def test_rules_first_match_wins_and_embedders_are_left_alone() -> None:
+    family = families.get("dit")
+    model = family.tiny()
+    layout = family.layout(model)
+    text = {
+        "name": "x",
+        "rules": [
+            {"blocks": "0", "roles": ["qkv"], "keep": True},
+            {"names": ["*.ff.net.2"], "weight": {"format": "int", "bits": 6}},
+            {"weight": {"format": "int", "bits": 4}},
+        ],
+    }
+    plan = recipe.make_plan(recipe.parse_recipe(text, "x"), layout)
+    check_plan(plan)
+    bits = {d.site: d.weight.params["bits"] for d in plan.layers}
+    assert "transformer_blocks.0.attn1.to_q" not in bits and bits["transformer_blocks.1.attn1.to_q"] == 4
+    assert bits["transformer_blocks.0.ff.net.2"] == 6
+    assert not [name for name in bits if not name.startswith("transformer_blocks.")]
+
+
+def test_a_scale_that_overflows_is_an_error_with_the_name_of_the_layer() -> None:
+    broken = SimpleNamespace(packed=SimpleNamespace(tensors={"scale": torch.tensor([float("inf")])}), low_rank=None)
+    with pytest.raises(Exception, match=r"E701.*site.scale"):
+        engine._check(engine.stored_tensors("site", broken, None, {}))
