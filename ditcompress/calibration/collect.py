@@ -241,7 +241,8 @@ class _Run:
 
         def on_step(record: StepRecord) -> None:
             if self.settings.weighting == "fisher":
-                self.weigh(record, images, plan.seed(record.index))
+                rows = None if plan.rows is None else plan.rows[record.index]
+                self.weigh(record, images, rows, plan.seed(record.index))
             advance(1)
             if record.index + 1 < len(plan.times):
                 plan.begin(record.index + 1)
@@ -260,14 +261,16 @@ class _Run:
         finally:
             self.collector.active = False
 
-    def weigh(self, record: StepRecord, images: list[int], seed: int) -> None:
-        """Add this step's sensitivity-weighted Gram matrices, a few images at a time."""
+    def weigh(self, record: StepRecord, images: list[int], rows: Tensor | None, seed: int) -> None:
+        """Add this step's sensitivity-weighted Gram matrices, a few images at a time; `rows` (len(images),) are those
+        that count at this step, None all."""
         self.collector.active = False
         guided = self.conditions.null is not None and self.guidance != 1
-        for start in range(0, min(len(images), FISHER_IMAGES), FISHER_CHUNK):
-            few = images[start : start + FISHER_CHUNK]
-            given = self.conditions.take(few)
-            latents = record.model_input[start : start + FISHER_CHUNK]
+        counted = list(range(len(images))) if rows is None else rows.nonzero().flatten().tolist()
+        for start in range(0, min(len(counted), FISHER_IMAGES), FISHER_CHUNK):
+            few = counted[start : start + FISHER_CHUNK]
+            given = self.conditions.take([images[place] for place in few])
+            latents = record.model_input[few]
             cond = dict(given.cond)
             if guided and given.null is not None:
                 cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}

@@ -9,7 +9,8 @@ Fisher approximation of Hessian-based rounding, as in OBD and its successors, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,20 @@ class TokenWeights:
         return {key: list(zip(self.inputs[key], self.weights[key], strict=True)) for key in self.weights}
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters take no gradient inside: only outputs are differentiated, and a gradient of every weight would cost
+    the memory of a second model and stay on the caller's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def token_weights(
     model: nn.Module,
     adapter: ModuleType,
@@ -76,7 +91,7 @@ def token_weights(
 ) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
     """Inputs and weights of every linear at latents (n, ...); one forward and one backward pass."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), TokenWeights(model, layout) as found:
+    with frozen(model), torch.enable_grad(), TokenWeights(model, layout) as found:
         output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond).float()
         flat = output.flatten(1)
         direction = torch.randn(flat.shape, generator=generator).to(flat.device)

@@ -53,7 +53,7 @@ def main(
 def run() -> int:
     """The exit code; usage errors are one line too."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # the code of typer.Exit comes back as the value
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -69,7 +69,7 @@ def run() -> int:
         if type(error).__name__ == "Exit":
             return int(getattr(error, "exit_code", 0))
         raise
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -46,7 +46,11 @@ Images = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]
 def write_report(folder: Path, result: Mapping[str, Any], images: Images) -> None:
     """report.json, report.html and the shown images into `folder`."""
     (folder / "report.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    table = {f"{kind}/{index}": torch.stack([a, b]) for kind, rows in images.items() for index, a, b in rows}
+    table = {
+        f"{kind}/{place:03d}/{index}": torch.stack([a, b])
+        for kind, rows in images.items()
+        for place, (index, a, b) in enumerate(rows)
+    }
     if table:
         save_atomic(folder / "images.safetensors", table)
     (folder / "report.html").write_text(render(result, images), encoding="utf-8")
@@ -62,10 +66,10 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Images]:
         ) from None
     images: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     if (folder / "images.safetensors").is_file():
-        for name, pair in load_file(folder / "images.safetensors").items():
-            kind, _, index = name.partition("/")
+        for name, pair in sorted(load_file(folder / "images.safetensors").items()):
+            kind, _, index = name.split("/")
             images.setdefault(kind, []).append((int(index), pair[0], pair[1]))
-    return result, {kind: sorted(rows, key=lambda row: row[0]) for kind, rows in images.items()}
+    return result, images
 
 
 def number(value: float | None, digits: int = 2) -> str:

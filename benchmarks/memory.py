@@ -1,0 +1,72 @@
+"""Peak memory and time of weights-only quantization on a random-weight DiT-XL/2-size checkpoint (675 M parameters).
+
+    python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16]
+
+The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
+and the operating system's account of that process is read afterwards (maximum resident set, wall time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ditcompress.checkpoint.writer import ShardWriter
+from ditcompress.models import build_meta
+
+CONFIG = {
+    "_class_name": "DiTTransformer2DModel", "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
+    "in_channels": 4, "out_channels": 8, "patch_size": 2, "sample_size": 32, "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True,
+    "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+
+
+def write_random(folder: Path, dtype: torch.dtype, layers: int) -> int:
+    """A checkpoint of random weights, never more than one tensor in memory; its number of parameters."""
+    config = {**CONFIG, "num_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    writer, total = ShardWriter(folder, max_shard_bytes=1 << 30), 0
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in build_meta(config).state_dict().items():
+        writer.add(name, (torch.randn(tensor.shape, generator=generator) * 0.02).to(dtype))
+        total += tensor.numel()
+    writer.finish()
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="w4a16-rtn")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--layers", type=int, default=28)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, out = Path(scratch) / "dit-xl", Path(scratch) / "out"
+        folder.mkdir()
+        total = write_random(folder, getattr(torch, options.dtype), options.layers)
+        started = time.time()
+        command = [sys.executable, "-m", "ditcompress", "quantize", str(folder), "-r", options.recipe, "-o", str(out), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.time() - started
+        if done.returncode:
+            sys.exit(done.stderr)
+        facts = json.loads(done.stdout)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        print(f"parameters        {total / 1e6:.0f} M ({options.dtype})")
+        print(f"recipe            {options.recipe}, {facts['bits_per_quantized_weight']:.3f} bits per quantized weight")
+        print(f"bytes             {facts['original_bytes'] / 1e9:.3f} GB -> {facts['bytes'] / 1e9:.3f} GB")
+        print(f"peak memory       {peak / 1e9:.2f} GB")
+        print(f"wall time         {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
