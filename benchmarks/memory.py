@@ -54,7 +54,18 @@ def main() -> None:
         folder.mkdir()
         total = write_random(folder, getattr(torch, options.dtype), options.layers)
         started = time.time()
-        command = [sys.executable, "-m", "ditcompress", "quantize", str(folder), "-r", options.recipe, "-o", str(out), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "ditcompress",
+            "quantize",
+            str(folder),
+            "-r",
+            options.recipe,
+            "-o",
+            str(out),
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.time() - started
         if done.returncode:

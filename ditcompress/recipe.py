@@ -164,7 +164,9 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")  # a typo explains the rest
+        faults = sorted(
+            error.errors(), key=lambda fault: fault["type"] != "extra_forbidden"
+        )  # a typo explains the rest
         first = faults[0]
         place = ".".join(str(part) for part in first["loc"])
         remedy = "see `ditcompress recipes show w4a8`"

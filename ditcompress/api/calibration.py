@@ -106,7 +106,7 @@ def _calibrate(
         checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
     )
     given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
-    marks = fingerprint(checkpoint.fingerprint, sampler, given, settings)
+    marks = {**fingerprint(checkpoint.fingerprint, sampler, given, settings), "dtype": dtype}
     journal = None
     if work_for is not None:
         journal = work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks)
@@ -171,8 +171,13 @@ def cached_statistics(
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if folder.is_dir():
-        reporter.note(f"statistics of an earlier run are used ({folder})")
-        return load_statistics(folder)
+        try:
+            found = load_statistics(folder)
+        except DitcompressError:
+            reporter.note("the cached statistics are damaged: calibrating again")
+        else:
+            reporter.note(f"statistics of an earlier run are used ({folder})")
+            return found
     statistics = _calibrate(checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder)
     with output_folder(folder, overwrite=True) as partial:
         save_statistics(partial, statistics)

@@ -43,7 +43,7 @@ def from_pipeline(pipeline: Path, prompts: Sequence[str], count: int) -> Conditi
         )
     try:
         pipe = getattr(diffusers, name).from_pretrained(
-            pipeline, transformer=None, vae=None, local_files_only=True, torch_dtype=torch.float32
+            pipeline, transformer=None, vae=None, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
         )
     except Exception as error:
         raise DitcompressError(

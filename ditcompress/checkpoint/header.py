@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,10 @@ from typing import Any
 
 import torch
 
+from torch import Tensor
+
 from ..errors import DitcompressError, printable
+from ._files import COPY_AGAIN, label, no_duplicates, open_regular, regular_file
 
 MOST_HEADER_BYTES = 32 << 20
 MOST_TENSORS = 200_000
@@ -27,7 +29,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-COPY_AGAIN = "copy the file again"
 
 
 @dataclass(frozen=True)
@@ -42,62 +43,53 @@ class TensorEntry:
     stop: int
 
 
-def regular_file(path: Path) -> os.stat_result:
-    """The file's status; E311 when it is missing, E402 when it is a link, folder, pipe or device."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        raise DitcompressError("E311", path.name, "the file is missing", COPY_AGAIN) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise DitcompressError("E402", path.name, "is not a regular file", "put the file itself in the folder")
-    return status
-
-
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def read_header(path: Path, root: Path | None = None) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors and the metadata of one file. Raises E310 for a header that lies, E312 for a file that was cut."""
-    size = regular_file(path).st_size
-    with open(path, "rb") as file:
+    size = regular_file(path, root).st_size
+    with open_regular(path, root) as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8:
-            raise DitcompressError("E312", path.name, f"file has {size} bytes, needs at least 8", COPY_AGAIN)
+            raise DitcompressError("E312", label(path), f"file has {size} bytes, needs at least 8", COPY_AGAIN)
         if length > MOST_HEADER_BYTES:
-            raise DitcompressError(
-                "E310", path.name, f"header of {length} bytes, at most {MOST_HEADER_BYTES} are read", COPY_AGAIN
-            )
+            what = f"header of {length} bytes, at most {MOST_HEADER_BYTES} are read"
+            raise DitcompressError("E310", label(path), what, COPY_AGAIN)
         if 8 + length > size:
-            raise DitcompressError("E312", path.name, f"file has {size} bytes, header needs {8 + length}", COPY_AGAIN)
+            raise DitcompressError("E312", label(path), f"file has {size} bytes, header needs {8 + length}", COPY_AGAIN)
         raw = file.read(length)
     table = _parse(raw, path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise DitcompressError("E310", path.name, "__metadata__ is not a mapping of text", COPY_AGAIN)
+        raise DitcompressError("E310", label(path), "__metadata__ is not a mapping of text", COPY_AGAIN)
     if len(table) > MOST_TENSORS:
-        raise DitcompressError("E310", path.name, f"{len(table)} tensors, at most {MOST_TENSORS} are read", COPY_AGAIN)
+        raise DitcompressError(
+            "E310", label(path), f"{len(table)} tensors, at most {MOST_TENSORS} are read", COPY_AGAIN
+        )
     entries = {name: _entry(name, fields, path, 8 + length) for name, fields in table.items()}
     _check_cover(entries, path, 8 + length, size)
     return entries, metadata
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
-    return table
-
-
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        raise DitcompressError("E310", label(path), "header does not start with {", COPY_AGAIN)
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise DitcompressError("E310", path.name, f"header is not JSON ({printable(error, 80)})", COPY_AGAIN) from None
+        raise DitcompressError(
+            "E310", label(path), f"header is not JSON ({printable(error, 80)})", COPY_AGAIN
+        ) from None
     if not isinstance(table, dict):
-        raise DitcompressError("E310", path.name, "header is not a JSON object", COPY_AGAIN)
+        raise DitcompressError("E310", label(path), "header is not a JSON object", COPY_AGAIN)
     return table
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _entry(name: str, fields: Any, path: Path, base: int) -> TensorEntry:
-    where = f"{path.name}: {printable(name, 60)}"
+    where = f"{label(path)}: {printable(name, 60)}"
     if not name or len(name) > MOST_NAME or not name.isprintable():
         raise DitcompressError("E310", where, "is no legal tensor name", COPY_AGAIN)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
@@ -125,10 +117,38 @@ def _check_cover(entries: Mapping[str, TensorEntry], path: Path, base: int, size
     end = base
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != end:
-            kind = "overlap" if entry.start < end else "a hole"
-            raise DitcompressError("E310", f"{path.name}: {entry.name}", f"{kind} before its data", COPY_AGAIN)
+            kind = "its data overlap the tensor before" if entry.start < end else "there is a hole before its data"
+            raise DitcompressError("E310", f"{label(path)}: {printable(entry.name, 60)}", kind, COPY_AGAIN)
         end = entry.stop
     if size < end:
-        raise DitcompressError("E312", path.name, f"file has {size} bytes, header needs {end}", COPY_AGAIN)
+        raise DitcompressError("E312", label(path), f"file has {size} bytes, header needs {end}", COPY_AGAIN)
     if size > end:
-        raise DitcompressError("E310", path.name, f"{size - end} bytes after the last tensor", COPY_AGAIN)
+        raise DitcompressError("E310", label(path), f"{size - end} bytes after the last tensor", COPY_AGAIN)
+
+
+def read_tensor(entry: TensorEntry, expected: tuple[int, int, int] | None = None) -> Tensor:
+    """The data of one tensor, writable, read with pread (a mapped file that shrinks would kill the process).
+
+    E324 when size, time or inode of the file are no longer `expected`; E312 when it ends early; E323 for a boolean
+    that is neither 0 nor 1.
+    """
+    where = f"{label(entry.file)}: {printable(entry.name, 60)}"
+    length = entry.stop - entry.start
+    data = bytearray(length)
+    view = memoryview(data)
+    with open(entry.file, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if expected is not None and (status.st_size, status.st_mtime_ns, status.st_ino) != expected:
+            raise DitcompressError("E324", where, "the file changed while it was in use", "run again on a file at rest")
+        done = 0
+        while done < length:  # preadv returns at most 2 GB at once
+            got = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], entry.start + done)
+            if got == 0:
+                raise DitcompressError("E312", where, f"the file ends {length - done} bytes early", COPY_AGAIN)
+            done += got
+    if length == 0:  # frombuffer refuses an empty buffer
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    octets = torch.frombuffer(data, dtype=torch.uint8)
+    if entry.dtype == torch.bool and int(octets.max()) > 1:
+        raise DitcompressError("E323", where, "a boolean is neither 0 nor 1", COPY_AGAIN)
+    return octets.view(entry.dtype).reshape(entry.shape)

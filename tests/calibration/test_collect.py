@@ -125,6 +125,7 @@ def test_fisher_weights_are_squared_gradients_of_the_relative_output(setting: tu
     base = dit.predict(model, latents, torch.tensor([300]), cond).detach()
     token, total = 3, 0.0
     for channel in range(site.out_features):
+
         def nudge(m: Any, a: Any, y: torch.Tensor, channel: int = channel) -> torch.Tensor:
             y = y.clone()
             y[0, token, channel] += 1e-5
@@ -141,7 +142,9 @@ def test_fisher_weights_are_squared_gradients_of_the_relative_output(setting: tu
 def test_a_bfloat16_pass_keeps_gram_matrices_semidefinite() -> None:
     model = dit.tiny().to(torch.bfloat16)
     conditions = get_conditions(ModuleSource(model), dit, 4, 0)
-    found = collect(model, dit, model.config, dit.layout(model), dit.default_scheduler(model.config), conditions, SETTINGS)
+    found = collect(
+        model, dit, model.config, dit.layout(model), dit.default_scheduler(model.config), conditions, SETTINGS
+    )
     for value in found.inputs.values():
         eigenvalues = torch.linalg.eigvalsh(value.gram.double())
         assert eigenvalues[0] > -1e-5 * eigenvalues[-1]

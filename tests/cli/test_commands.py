@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ditcompress.api import check_recipe
+from ditcompress.errors import DitcompressError
+from ditcompress.recipe import load_recipe
+
 FEW = ["--set", "calibration.samples=2", "--set", "calibration.steps=2"]
 
 
@@ -41,7 +45,9 @@ def test_help_is_fast_and_names_every_command() -> None:
 
 
 def test_importing_the_command_line_imports_neither_torch_nor_diffusers() -> None:
-    code = "import sys, ditcompress.cli.app; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, ditcompress.cli.app; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -49,7 +55,9 @@ def test_usage_errors_are_one_line() -> None:
     assert "--nope" in fails(2, "E203", "quantize", "x", "--nope")
     assert "qantize" in fails(2, "E203", "qantize")
     assert "w4a8" in fails(2, "E201", "recipes", "show", "w4a9")
-    assert "did you mean 'damp'" in fails(2, "E202", "recipes", "validate", "w8a8", "--set", "rules.0.steps=[{gptq: {dmp: 1}}]")
+    assert "did you mean 'damp'" in fails(
+        2, "E202", "recipes", "validate", "w8a8", "--set", "rules.0.steps=[{gptq: {dmp: 1}}]"
+    )
     assert run("--version").stdout.startswith("ditcompress ")
 
 
@@ -68,7 +76,10 @@ def test_recipe_faults_name_line_or_key(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "tag"),
     ):
         path.write_text(text)
-        assert word in fails(2, "E20", "recipes", "validate", path)
+        with pytest.raises(DitcompressError, match="E20") as caught:
+            check_recipe(load_recipe(path))
+        assert word in caught.value.line()
+    assert "tag" in fails(2, "E202", "recipes", "validate", path)
 
 
 def test_quantize_inspect_export_evaluate_end_to_end(tiny_dit: Path, tmp_path: Path) -> None:
@@ -111,7 +122,9 @@ def test_dry_runs_print_the_plan_and_write_nothing(tiny_dit: Path, tmp_path: Pat
     done = run("quantize", tiny_dit, "-o", tmp_path / "out", "--dry-run")
     assert done.returncode == 0 and "ffn_in" in done.stdout and not (tmp_path / "out").exists()
     assert len(json.loads(run("quantize", tiny_dit, "--dry-run", "--json").stdout)["plan"]) == 18
-    assert run("calibrate", tiny_dit, "-o", tmp_path / "s", "--dry-run").returncode == 0 and not (tmp_path / "s").exists()
+    assert (
+        run("calibrate", tiny_dit, "-o", tmp_path / "s", "--dry-run").returncode == 0 and not (tmp_path / "s").exists()
+    )
 
 
 def test_bad_checkpoints_give_their_code(copied: Path, tmp_path: Path) -> None:
@@ -142,7 +155,17 @@ def test_a_nan_weight_stops_the_run_and_the_earlier_output_survives(copied: Path
 def test_an_interrupt_gives_130_and_leaves_no_output(tmp_path: Path) -> None:
     from ditcompress.evaluation.digits import digits_folder
 
-    command = [sys.executable, "-m", "ditcompress", "quantize", str(digits_folder()), "-o", str(tmp_path / "out"), "--seed", "77"]
+    command = [
+        sys.executable,
+        "-m",
+        "ditcompress",
+        "quantize",
+        str(digits_folder()),
+        "-o",
+        str(tmp_path / "out"),
+        "--seed",
+        "77",
+    ]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         deadline = time.time() + 60
@@ -160,7 +183,9 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("environment", [{"NO_COLOR": "1", "LANG": "C", "LC_ALL": "C"}, {"HOME": "/proc/none", "XDG_CACHE_HOME": ""}])
+@pytest.mark.parametrize(
+    "environment", [{"NO_COLOR": "1", "LANG": "C", "LC_ALL": "C"}, {"HOME": "/proc/none", "XDG_CACHE_HOME": ""}]
+)
 def test_odd_environments(environment: dict[str, str], tiny_dit: Path, tmp_path: Path) -> None:
     out = tmp_path / "with space"
     done = run("quantize", tiny_dit, "-r", "w4a8", "-o", out, *FEW, env={**os.environ, **environment})
@@ -173,8 +198,5 @@ def test_explain_and_lists() -> None:
     assert "did you mean 'gptq'" in fails(2, "E201", "explain", "gptqq")
     names = {r["name"]: r["source"] for r in json.loads(run("recipes", "list", "--json").stdout)}
     assert {"w8a8", "w4a8", "w4a16", "w8a16", "w4a8-ditas"} <= set(names) and names["w4a8-ditas"]
-    from ditcompress.api import check_recipe
-    from ditcompress.recipe import load_recipe
-
     for name in names:
         check_recipe(load_recipe(name))

@@ -26,7 +26,9 @@ def test_identical_images_give_the_ideal_value_in_any_order(name: str) -> None:
     y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     values, order = metric.values(x, y, 2.0), torch.randperm(6)
     assert torch.equal(metric.values(x[order], y[order], 2.0), values[order])
-    assert torch.allclose(torch.cat([metric.values(a, b, 2.0) for a, b in zip(x.split(2), y.split(2), strict=True)]), values)
+    assert torch.allclose(
+        torch.cat([metric.values(a, b, 2.0) for a, b in zip(x.split(2), y.split(2), strict=True)]), values
+    )
 
 
 @pytest.mark.parametrize("decibel", [10.0, 25.0, 60.0])
