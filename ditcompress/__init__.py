@@ -1,35 +1,51 @@
 """ditcompress: smaller, faster diffusion transformers, and what that cost.
 
 After `import ditcompress`, plain diffusers `from_pretrained` loads compressed models. The functions of the command
-line are here under their own names and are imported when first used.
+line are here under their own names and are imported when first used; `load` gives (model, checkpoint) after checking
+every name, shape and dtype, where diffusers only warns.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "evaluate", "export", "inspect", "quantize"]
+__all__ = ["calibrate", "evaluate", "export", "inspect", "load", "quantize"]
 
 _AUTO = "diffusers.quantizers.auto"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module(".loading", __name__).load_model
     if name in __all__:
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _RegisterAfterImport:
     """Registers us the moment diffusers' quantizer mappings are imported, so importing us alone stays cheap."""
 
+    def __init__(self) -> None:
+        self.searching = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AUTO:
+        """The ordinary spec, whose loader also registers us. It may be asked for more than once: tools that only look
+        whether a module exists never execute it."""
+        if name != _AUTO or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -37,6 +53,8 @@ class _RegisterAfterImport:
         def exec_module(module: Any) -> None:
             execute(module)
             _register_lazily(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)  # type: ignore[arg-type]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -64,6 +82,4 @@ def _register_lazily(auto: Any) -> None:
 if _AUTO in sys.modules:
     _register_lazily(sys.modules[_AUTO])
 else:
-    import importlib.util
-
     sys.meta_path.insert(0, _RegisterAfterImport())  # type: ignore[arg-type]

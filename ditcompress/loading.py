@@ -4,13 +4,15 @@ Two doors. Stock diffusers: `register` enters us into its quantizer mappings, so
 `import ditcompress`. Ours: `load_model` checks every name and shape first and refuses what diffusers only warns about.
 
 diffusers casts floating tensors to `torch_dtype` before a quantizer sees them, so stored tensors are taken from the
-state dict itself: float32 scales survive a bfloat16 load and reloading is bit-exact.
+state dict itself: float32 scales survive a bfloat16 load and reloading is bit-exact. It only warns of tensors that a
+checkpoint lacks or has too many of, and a packed layer without its scale or its low-rank part gives noise, so for
+packed layers both doors refuse.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ import diffusers.quantizers.auto as auto
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
 from .models import build_meta, class_of
-from .runtime.linear import PackedLinear, Scheme, replace_linears
+from .runtime.linear import PackedLinear, replace_linears
+from .runtime.scheme import WHERE, Scheme, Strict, refuse
 
 NAME = "ditcompress"
 VERSION = 1  # of the quantization_config below
@@ -38,19 +42,48 @@ class Method(StrEnum):
     DITCOMPRESS = NAME
 
 
+class _Fields(Strict):
+    recipe: str
+    schemes: dict[str, dict[str, Any]]
+    layers: dict[str, str]
+
+
 class DitcompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model: schemes by number, and the scheme of each linear."""
+    """The `quantization_config` of a compressed model: schemes by number, and the scheme of each linear.
+
+    Raises E320 naming the key for a configuration of another version, or one that is not exactly of this shape.
+    """
 
     def __init__(
-        self, schemes: Mapping[str, Any], layers: Mapping[str, str], version: int = VERSION, recipe: str = "", **_: Any
+        self,
+        schemes: Mapping[str, Any] | None = None,
+        layers: Mapping[str, str] | None = None,
+        version: int = VERSION,
+        recipe: str = "",
+        quant_method: str = NAME,
+        **unknown: Any,
     ) -> None:
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise DitcompressError(
-                "E320", "quantization_config", f"version {version}, this release reads {VERSION}", "upgrade ditcompress"
+                "E320", f"{WHERE}.version", f"is {version!r}, this release reads {VERSION}", "upgrade ditcompress"
             )
+        try:
+            fields = _Fields.model_validate({"recipe": recipe, "schemes": schemes, "layers": layers, **unknown})
+        except ValidationError as error:
+            raise refuse(WHERE, error) from None
         self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
-        self.version, self.recipe = version, recipe
-        self.schemes, self.layers = dict(schemes), dict(layers)
+        self.version, self.recipe = version, fields.recipe
+        self.schemes, self.layers = fields.schemes, fields.layers
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
+        """That of a model's config.json, or None for a model that is not compressed."""
+        quantization = config.get("quantization_config")
+        if quantization is None:
+            return None
+        if not isinstance(quantization, Mapping):
+            raise DitcompressError("E320", WHERE, "is not an object", "compress the original again")
+        return DitcompressConfig(**quantization)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,14 +100,13 @@ class DitcompressConfig(QuantizationConfigMixin):
         return json.dumps(self.to_dict())
 
     def layer_schemes(self) -> dict[str, Scheme]:
-        """The scheme of each compressed linear; E320 when a layer names no scheme."""
-        try:
-            built = {number: Scheme.from_json(value) for number, value in self.schemes.items()}
-            return {layer: built[number] for layer, number in self.layers.items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DitcompressError(
-                "E320", "quantization_config", f"does not describe its layers ({error})", "compress the original again"
-            ) from None
+        """The scheme of each compressed linear; E320 when a scheme is not valid or a layer names none."""
+        built = {n: Scheme.from_json(value, f"{WHERE}.schemes.{n}") for n, value in self.schemes.items()}
+        for layer, number in self.layers.items():
+            if number not in built:
+                where = f"{WHERE}.layers.{layer}"
+                raise DitcompressError("E320", where, f"there is no scheme {number!r}", "compress the original again")
+        return {layer: built[number] for layer, number in self.layers.items()}
 
 
 class DitcompressQuantizer(DiffusersQuantizer):
@@ -84,23 +116,28 @@ class DitcompressQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: DitcompressConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.stored: set[str] = set()
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not kwargs.get("pre_quantized", True):
             raise DitcompressError(
                 "E205",
                 "from_pretrained",
-                "quantizing while loading is not supported",
+                "quantizing while loading is not possible",
                 "run `ditcompress quantize` first",
             )
+        super().__init__(quantization_config, **kwargs)
+        self.stored: dict[str, torch.dtype] = {}
+        self.present: list[str] | None = None  # names in the checkpoint, where diffusers tells them
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self.present = loaded_keys
+        return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, DitcompressConfig)
         apply_schemes(model, config.layer_schemes())
-        self.stored = stored_names(model)
+        self.stored = stored_dtypes(model)
+        if self.present is not None:
+            check_layer_names(model, config.layers, self.present)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
@@ -131,8 +168,9 @@ class DitcompressQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         module_name, _, name = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        setattr(module, name, state_dict[param_name].to(target_device))
+        value = state_dict[param_name]  # `param_value` has been cast to torch_dtype
+        check_dtype(param_name, value.dtype, self.stored[param_name])
+        setattr(model.get_submodule(module_name), name, value.to(target_device))
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -171,14 +209,34 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     replace_linears(model, schemes)
 
 
-def stored_names(model: nn.Module) -> set[str]:
-    """Full names of all tensors that packed layers store (biases are ordinary parameters)."""
+def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Full name and dtype of every tensor that packed layers store (biases are ordinary parameters)."""
     return {
-        f"{path}.{name}"
+        f"{path}.{name}": dtype
         for path, module in model.named_modules()
         if isinstance(module, PackedLinear)
-        for name in module.stored
+        for name, (_, dtype) in module.stored.items()
     }
+
+
+def check_layer_names(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:
+    """Packed layers have exactly the tensors their schemes ask for: E315 one is missing, E316 one too many."""
+    expected = {f"{layer}.{name}" for layer in layers for name in model.get_submodule(layer).state_dict()}
+    found = {name for name in present if name.rpartition(".")[0] in layers}
+    for code, names, what in (
+        ("E315", expected - found, "is missing from the weight files"),
+        ("E316", found - expected, "has no place in the layer that config.json describes"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            raise DitcompressError(code, min(names), what + more, "copy the compressed model again")
+
+
+def check_dtype(where: str, found: torch.dtype, expected: torch.dtype) -> None:
+    """E318: a packed tensor in another dtype is rounded, or means something else."""
+    if found != expected:
+        says = f"{str(found).removeprefix('torch.')}, its format stores {str(expected).removeprefix('torch.')}"
+        raise DitcompressError("E318", where, says, "copy the compressed model again")
 
 
 def dequantized(model: nn.Module) -> nn.Module:
@@ -200,12 +258,15 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """The model that `config` describes, packed layers included, without any data."""
-    quantization = config.get("quantization_config")
-    model = build_meta({key: value for key, value in config.items() if key != "quantization_config"})
-    if quantization is not None:
-        fields = {key: value for key, value in quantization.items() if key != "quant_method"}
-        apply_schemes(model, DitcompressConfig(**fields).layer_schemes())
+    model = build_meta(_plain(config))
+    layers = DitcompressConfig.of(config)
+    if layers is not None:
+        apply_schemes(model, layers.layer_schemes())
     return model
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -214,10 +275,14 @@ def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def open_model(path: str | Path, *, allow_compressed: bool = True) -> tuple[Checkpoint, nn.Module]:
-    """A checked checkpoint and its model on the meta device. Raises E3xx when names, shapes or the class disagree."""
+    """A checked checkpoint and its model on the meta device. Raises E3xx when names, shapes, packed dtypes or the
+    class disagree."""
     checkpoint = open_checkpoint(Path(path), allow_compressed=allow_compressed)
     model = meta_model(checkpoint.config)
     check_tensors(checkpoint, expected_shapes(model))
+    for name, dtype in stored_dtypes(model).items():
+        entry = checkpoint.tensors[name]
+        check_dtype(f"{entry.file.name}: {name}", entry.dtype, dtype)
     return checkpoint, model
 
 
@@ -230,20 +295,21 @@ def load_model(
 ) -> tuple[nn.Module, Checkpoint]:
     """The model in eval mode with its weights, and the checkpoint it came from.
 
-    `dtype` is that of the ordinary parameters; packed tensors keep theirs. Checked before any weight is read.
+    `dtype` is that of the ordinary parameters (None: as stored), except the few that the class keeps in float32, as in
+    `from_pretrained`; packed tensors keep theirs. Everything is checked before any weight is read.
     """
     register()
     checkpoint, meta = open_model(path)
     names = sorted(expected_shapes(meta))
     model = _with_buffers(checkpoint.config)
-    packed = stored_names(model)
+    packed = stored_dtypes(model)
     with torch.no_grad():
         for name in names:
             module_name, _, leaf = name.rpartition(".")
             module = model.get_submodule(module_name) if module_name else model
             value = checkpoint.read(name)
             if name not in packed and value.is_floating_point() and dtype is not None:
-                value = value.to(dtype)
+                value = value.to(torch.float32 if _stays_float32(model, name) else dtype)
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
@@ -251,6 +317,12 @@ def load_model(
     if not names or any(tensor.is_meta for tensor in model.state_dict().values()):
         raise DitcompressError("E315", checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint")
     return model.to(device).eval(), checkpoint
+
+
+def _stays_float32(model: nn.Module, name: str) -> bool:
+    """diffusers' rule: a part of the dotted name stands in the class's `_keep_in_fp32_modules`."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not set(name.split(".")).isdisjoint([kept] if isinstance(kept, str) else kept)
 
 
 def as_loaded(model: Any, config: DitcompressConfig) -> None:
@@ -263,13 +335,11 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
     """The model with parameters on meta and its computed buffers (position embeddings, frequencies) real."""
     from accelerate import init_empty_weights
 
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = _plain(config)
     with init_empty_weights(include_buffers=False):
         model = getattr(diffusers, class_of(plain)).from_config(plain)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        fields = {key: value for key, value in quantization.items() if key != "quant_method"}
-        layers = DitcompressConfig(**fields)
+    layers = DitcompressConfig.of(config)
+    if layers is not None:
         apply_schemes(model, layers.layer_schemes())
         as_loaded(model, layers)
     return model

@@ -65,6 +65,7 @@ def calibrate(
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    restart: bool = False,
     reporter: Reporter | None = None,
 ) -> Statistics:
     """Run `path` along its own sampling trajectories and store what quantization needs in the folder `out`.
@@ -76,7 +77,9 @@ def calibrate(
     with _target(out, overwrite, [Path(path)]) as folder:
         checkpoint, _ = open_model(path, allow_compressed=False)
         settings = settings_of(chosen.calibration or Calibration(), seed)
-        statistics = _calibrate(checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out)
+        statistics = _calibrate(
+            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart
+        )
         if folder is not None:
             save_statistics(folder, statistics)
     return statistics
@@ -98,6 +101,7 @@ def _calibrate(
     dtype: str,
     reporter: Reporter,
     work_for: str | Path | None,
+    restart: bool = False,
 ) -> Statistics:
     """Fresh statistics of a checkpoint, going on from an interrupted run where there is one."""
     adapter = adapter_for(checkpoint.config)
@@ -109,7 +113,7 @@ def _calibrate(
     marks = {**fingerprint(checkpoint.fingerprint, sampler, given, settings), "dtype": dtype}
     journal = None
     if work_for is not None:
-        journal = work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks)
+        journal = work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks, restart)
     layout = adapter.layout(model)
     statistics = collect(
         model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter
@@ -159,13 +163,14 @@ def cached_statistics(
     device: str,
     dtype: str,
     reporter: Reporter,
+    restart: bool = False,
 ) -> Statistics:
     """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones."""
     asked = {
         "model": checkpoint.fingerprint,
         "settings": asdict(settings),
         "conditions": _digest(conditions),
-        "scheduler": _digest(Path(scheduler) / "scheduler_config.json" if scheduler else None),
+        "scheduler": _scheduler_digest(Path(scheduler) if scheduler else checkpoint.scheduler_folder),
         "dtype": dtype,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
@@ -178,10 +183,20 @@ def cached_statistics(
         else:
             reporter.note(f"statistics of an earlier run are used ({folder})")
             return found
-    statistics = _calibrate(checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder)
+    statistics = _calibrate(
+        checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart
+    )
     with output_folder(folder, overwrite=True) as partial:
         save_statistics(partial, statistics)
     return statistics
+
+
+def _scheduler_digest(folder: Path | None) -> str:
+    """Of the file that `load_scheduler` reads: the checkpoint's fingerprint covers its weights, not its scheduler."""
+    if folder is None:
+        return ""
+    file = folder / "scheduler_config.json"
+    return _digest(file if file.is_file() else folder / "scheduler" / "scheduler_config.json")
 
 
 def _digest(path: str | Path | None) -> str:

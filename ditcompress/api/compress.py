@@ -97,7 +97,7 @@ def quantize(
     ) as partial:  # fmt: skip
         check_finite(checkpoint, reporter)
         found = _statistics_for(
-            plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter
+            plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter, restart
         )
         plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
         marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed, "torch": torch.__version__,
@@ -157,6 +157,7 @@ def _statistics_for(
     device: str,
     dtype: str,
     reporter: Reporter,
+    restart: bool,
 ) -> Statistics | None:
     """What the plan needs: nothing, the given statistics (checked), or cached or fresh ones."""
     if isinstance(given, Statistics):
@@ -169,7 +170,7 @@ def _statistics_for(
     if not needs(plan):
         return None
     settings = settings_of(recipe.calibration or Calibration(), seed)
-    return cached_statistics(checkpoint, settings, conditions, scheduler, device, dtype, reporter)
+    return cached_statistics(checkpoint, settings, conditions, scheduler, device, dtype, reporter, restart)
 
 
 def _quantize_module(

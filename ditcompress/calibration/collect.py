@@ -321,7 +321,7 @@ class _Steps:
 
     def __init__(self, run: _Run, images: Sequence[int], steps: int, number: int) -> None:
         self.run, self.images, self.number = run, list(images), number
-        times = prepare(run.scheduler, steps, run.adapter.latent_shape(run.config)).timesteps
+        times = prepare(run.scheduler, steps, run.adapter, run.config).timesteps
         self.times = [float(t) for t in times]
         self.rows = self._normal() if run.settings.policy == "normal" else None
 

@@ -78,7 +78,11 @@ def get_conditions(
     """
     reporter, config = reporter or Silent(), source.config
     if file is not None:
-        return from_file(file, count, config)
+        found = from_file(file, count, config)
+        _check_values(file, found, adapter.random_conditions(config, 1, torch.Generator().manual_seed(0)), config)
+        if found.null is None and adapter.default_guidance(config) != 1:
+            reporter.note(f"{Path(file).name} has no {NULL} branch: only the conditional one is seen, without guidance")
+        return found
     if config.get("num_embeds_ada_norm") and "class_labels" in adapter.random_conditions(config, 1, torch.Generator()):
         cond = {"class_labels": class_labels(int(config["num_embeds_ada_norm"]), count, seed, labels)}
         return Conditions(cond, adapter.null_conditions(config, cond), "class labels, every class equally often")
@@ -147,3 +151,33 @@ def _check_names(path: Path, names: Sequence[str], config: Mapping[str, Any]) ->
             raise DitcompressError(
                 "E330", f"{path}: {name}", f"is no argument of {cls.__name__}.forward", nearest(name, known)
             )
+
+
+def _check_values(path: Path, found: Conditions, like: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """E330 unless both branches hold what the family itself would make: every argument of `like`, with its rank, kind
+    and channels (token counts may differ), finite, labels within the table. Masks may be left out."""
+    for name in like:
+        if name not in found.cond and not name.endswith("mask"):
+            raise DitcompressError("E330", path, f"tensor {name} is missing", "give every argument of the model")
+    for prefix, branch in (("", found.cond), (NULL, found.null or {})):
+        for name, tensor in branch.items():
+            wrong = _wrong(name, tensor, like.get(name), config)
+            if wrong:
+                raise DitcompressError("E330", f"{path}: {prefix}{name}", wrong, "make the file for this model")
+
+
+def _wrong(name: str, tensor: Tensor, like: Tensor | None, config: Mapping[str, Any]) -> str:
+    """What is wrong with one tensor, in words; "" for nothing."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        return "holds NaN or infinity"
+    if like is None:
+        return ""
+    if like.is_floating_point() != tensor.is_floating_point() and not name.endswith("mask"):
+        return f"is {tensor.dtype}, expected {like.dtype}"
+    last = like.shape[-1] if like.ndim > 1 and like.is_floating_point() else None
+    if tensor.ndim != like.ndim or (last is not None and tensor.shape[-1] != last):
+        return f"has shape {tuple(tensor.shape)}, expected one like {tuple(like.shape)}"
+    classes = config.get("num_embeds_ada_norm")
+    if name == "class_labels" and classes and not 0 <= int(tensor.min()) <= int(tensor.max()) <= int(classes):
+        return f"labels {int(tensor.min())} to {int(tensor.max())}, expected 0 to {classes}"
+    return ""

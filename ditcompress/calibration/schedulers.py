@@ -39,5 +39,5 @@ def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: Modu
         raise DitcompressError("E332", path, f"{name} is no scheduler of diffusers", nearest(name, known))
     try:
         return getattr(diffusers, name).from_config(fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:
         raise DitcompressError("E332", path, f"does not build ({error})", "restore the original file") from None

@@ -30,7 +30,12 @@ def has_text_encoder(pipeline: Path) -> bool:
 
 def from_pipeline(pipeline: Path, prompts: Sequence[str], count: int) -> Conditions:
     """`count` prompts in turn, encoded once each; E330 for a pipeline class that is not supported."""
-    name = str(json.loads((pipeline / "model_index.json").read_text()).get("_class_name"))
+    try:
+        name = str(json.loads((pipeline / "model_index.json").read_text())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DitcompressError(
+            "E330", pipeline / "model_index.json", "is no pipeline index", "restore the original file"
+        ) from None
     encode = {
         "PixArtAlphaPipeline": _pixart,
         "PixArtSigmaPipeline": _pixart,

@@ -55,17 +55,23 @@ def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int]) -> Te
     return torch.stack([torch.randn(*shape, generator=generator(seed, image)) for image in indices])
 
 
-def prepare(scheduler: Any, steps: int, latent_shape: Sequence[int]) -> Any:
-    """A fresh copy of the scheduler with its timesteps set; dynamic shifting gets its image length."""
-    fresh = copy.deepcopy(scheduler)
+def prepare(scheduler: Any, steps: int, adapter: ModuleType, config: Mapping[str, Any]) -> Any:
+    """A fresh copy of the scheduler with its timesteps set; dynamic shifting gets its image length.
+
+    A family whose pipeline gives the scheduler noise levels of its own exports `sigmas(steps)`.
+    """
+    fresh, latent_shape = copy.deepcopy(scheduler), adapter.latent_shape(config)
+    own = getattr(adapter, "sigmas", None)
+    takes = "sigmas" in inspect.signature(fresh.set_timesteps).parameters
+    given = {"sigmas": own(steps)} if own and takes and not fresh.config.get("use_flow_sigmas") else {}
     if fresh.config.get("use_dynamic_shifting"):
         tokens = latent_shape[-1] * latent_shape[-2] / 4
         config = fresh.config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        fresh.set_timesteps(steps, mu=base + (most - base) * (tokens - low) / (high - low))
+        fresh.set_timesteps(steps, mu=base + (most - base) * (tokens - low) / (high - low), **given)
     else:
-        fresh.set_timesteps(steps)
+        fresh.set_timesteps(steps, **given)
     return fresh
 
 
@@ -109,7 +115,7 @@ def _batch(
 ) -> Tensor:
     shape = adapter.latent_shape(config)
     device = next(model.parameters()).device
-    sampler = prepare(scheduler, sampling.steps, shape)
+    sampler = prepare(scheduler, sampling.steps, adapter, config)
     stochastic = "generator" in inspect.signature(sampler.step).parameters
     latents = initial_noise(shape, sampling.seed, images).to(device)
     latents = latents * float(getattr(sampler, "init_noise_sigma", 1.0))

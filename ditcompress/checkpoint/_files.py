@@ -1,10 +1,13 @@
-"""Files and JSON from strangers: only regular files inside the folder that was given, only strict JSON of modest size."""
+"""Files and JSON from strangers: regular files inside the folder that was given, strict JSON of modest size."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,12 +17,25 @@ MOST_CONFIG_BYTES = 8 << 20
 MOST_INDEX_BYTES = 64 << 20  # 200 000 names of 300 characters
 MOST_DEPTH = 32
 COPY_AGAIN = "copy the file again"
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+OTHER = "choose another --out"
 _LINKED = "give the folder with the files themselves (cp -rL)"
 
 
 def label(path: Path) -> str:
     """Folder and file name, short enough that an error line keeps both."""
     return f"{printable(path.parent.name, 40)}/{printable(path.name, 70)}"
+
+
+def place(file: Path, tensor: str) -> str:
+    """File and tensor; the folder is left out so that both names fit into one line."""
+    return f"{printable(file.name, 50)}: {printable(tensor, 68)}"
+
+
+def more(names: list[str]) -> str:
+    """', and 3 more' after the first of some names."""
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def regular_file(path: Path, root: Path | None = None) -> os.stat_result:
@@ -108,3 +124,17 @@ def _depth(value: Any) -> int:
         elif isinstance(item, list):
             stack += [(child, depth + 1) for child in item]
     return deepest
+
+
+@contextmanager
+def os_errors(where: Path) -> Iterator[None]:
+    """Full disks (E601) and places that cannot be written (E603) as errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        named = label(Path(os.fsdecode(error.filename))) if isinstance(error.filename, (str, bytes)) else where
+        if error.errno in _FULL:
+            raise DitcompressError("E601", named, "the disk is full", f"free some space, or {OTHER}") from None
+        if error.errno in _DENIED:
+            raise DitcompressError("E603", named, f"cannot be written ({error.strerror})", OTHER) from None
+        raise

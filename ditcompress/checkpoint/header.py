@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch import Tensor
 
 from ..errors import DitcompressError, printable
-from ._files import COPY_AGAIN, label, no_duplicates, open_regular, regular_file
+from ._files import COPY_AGAIN, label, no_duplicates, open_regular, place, regular_file
 
 MOST_HEADER_BYTES = 32 << 20
 MOST_TENSORS = 200_000
@@ -57,6 +56,8 @@ def read_header(path: Path, root: Path | None = None) -> tuple[dict[str, TensorE
         if 8 + length > size:
             raise DitcompressError("E312", label(path), f"file has {size} bytes, header needs {8 + length}", COPY_AGAIN)
         raw = file.read(length)
+    if len(raw) < length:
+        raise DitcompressError("E312", label(path), f"the header ends {length - len(raw)} bytes early", COPY_AGAIN)
     table = _parse(raw, path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -89,7 +90,7 @@ def _refuse(name: str) -> Any:
 
 
 def _entry(name: str, fields: Any, path: Path, base: int) -> TensorEntry:
-    where = f"{label(path)}: {printable(name, 60)}"
+    where = place(path, name)
     if not name or len(name) > MOST_NAME or not name.isprintable():
         raise DitcompressError("E310", where, "is no legal tensor name", COPY_AGAIN)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
@@ -118,7 +119,7 @@ def _check_cover(entries: Mapping[str, TensorEntry], path: Path, base: int, size
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != end:
             kind = "its data overlap the tensor before" if entry.start < end else "there is a hole before its data"
-            raise DitcompressError("E310", f"{label(path)}: {printable(entry.name, 60)}", kind, COPY_AGAIN)
+            raise DitcompressError("E310", place(path, entry.name), kind, COPY_AGAIN)
         end = entry.stop
     if size < end:
         raise DitcompressError("E312", label(path), f"file has {size} bytes, header needs {end}", COPY_AGAIN)
@@ -132,7 +133,7 @@ def read_tensor(entry: TensorEntry, expected: tuple[int, int, int] | None = None
     E324 when size, time or inode of the file are no longer `expected`; E312 when it ends early; E323 for a boolean
     that is neither 0 nor 1.
     """
-    where = f"{label(entry.file)}: {printable(entry.name, 60)}"
+    where = place(entry.file, entry.name)
     length = entry.stop - entry.start
     data = bytearray(length)
     view = memoryview(data)

@@ -1,111 +1,91 @@
-"""The original DiT and SiT .pt checkpoints: restricted reading, then the diffusers names.
+"""The original DiT and SiT .pt checkpoints: restricted reading, then the names of diffusers.
 
-Reading happens in a child process with limits on memory and time, with `weights_only` and one harmless class allowed
-(argparse.Namespace, which the training checkpoints hold). There is no option to relax this.
+Reading happens in a child process with limits on memory and time (`_unpickle.py`). There is no option to relax it.
 
 Names follow the published architecture (Peebles and Xie 2023). diffusers repeats the time and label embedder in
-every block and splits the fused qkv.
+every block, splits the fused qkv, and computes the position embedding. Its frequencies of the time embedding are
+10000^(-i/127), those of the original 10000^(-i/128): loaded models behave as facebook/DiT-XL-2-256 does in diffusers.
+A SiT has the same layout; that it predicts a velocity is a matter of its scheduler.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from ..errors import DitcompressError
-from .header import COPY_AGAIN, regular_file
+from ..errors import DitcompressError, printable
+from ._files import COPY_AGAIN, MOST_CONFIG_BYTES, json_object, label, read_bounded, regular_file
+from .header import read_header, read_tensor
 
-MOST_SECONDS = 600
-_CHILD = """
-import argparse, resource, sys
-limit = int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_CPU, (600, 600))
-import torch
-from safetensors.torch import save_file
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        value = torch.load(sys.argv[1], map_location="cpu", weights_only=True, mmap=False)
-except MemoryError:
-    sys.exit(12)
-except Exception as error:
-    text = str(error)
-    refused = any(word in text for word in ("Unsupported", "weights_only", "GLOBAL", "nsafe"))
-    sys.exit(10 if refused else 11)
-if isinstance(value, dict):
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(value.get(key), dict):
-            value = value[key]
-            break
-if not isinstance(value, dict) or not value or not all(isinstance(t, torch.Tensor) for t in value.values()):
-    sys.exit(13)
-total = 0
-for tensor in value.values():
-    storage = tensor.untyped_storage()
-    if tensor.numel() * tensor.element_size() > storage.nbytes():
-        sys.exit(14)
-    total += tensor.numel() * tensor.element_size()
-if total > limit:
-    sys.exit(12)
-save_file({str(name): tensor.contiguous().clone() for name, tensor in value.items()}, sys.argv[2])
-"""
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: DiT-S, B, L, XL (table 1 of the paper)
+_REMEDIES = {
+    "E302": "give the model's state dict",
+    "E318": "give a floating-point checkpoint",
+    "E323": COPY_AGAIN,
+    "E401": "do not use this file; ask its author for safetensors",
+}
 
 
 def load_legacy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of a .pt checkpoint in diffusers' names.
 
-    E401 for a file that wants to run code, E323 for a damaged one, E302 for one that is no DiT.
+    E401 for a file that could run code, E323 for a damaged one or a bomb, E302 for one that is no DiT.
     """
     regular_file(path)
-    _check_archive(path)
-    with tempfile.TemporaryDirectory() as scratch:
+    _check_torch()
+    with tempfile.TemporaryDirectory(prefix="ditcompress-") as scratch:
         out = Path(scratch) / "state.safetensors"
-        limit = 3 * path.stat().st_size + (6 << 30)
-        command = [sys.executable, "-c", _CHILD, str(path.resolve()), str(out), str(limit)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise DitcompressError("E323", path.name, "took too long to read", COPY_AGAIN) from None
-        if done.returncode == 10:
-            raise DitcompressError(
-                "E401",
-                path.name,
-                "wants to run code while it is loaded",
-                "do not use this file; ask its author for safetensors",
-            )
-        if done.returncode == 12:
-            raise DitcompressError("E602", path.name, "needs more memory than its size allows", "do not use this file")
-        if done.returncode in (13, 14):
-            raise DitcompressError(
-                "E302", path.name, "holds no plain mapping of tensors", "give the model's state dict"
-            )
-        if done.returncode:
-            raise DitcompressError("E323", path.name, "is no readable torch checkpoint", COPY_AGAIN)
-        return convert(load_file(out), path.name)
+        _read_in_child(path, out)
+        state = {name: read_tensor(entry) for name, entry in read_header(out)[0].items()}
+    return convert(state, path)
 
 
-def _check_archive(path: Path) -> None:
-    """Only the zip form is read, and only stored members: torch never deflates, a bomb does."""
+def _check_torch() -> None:
+    """Older releases can be made to run code in spite of weights_only (CVE-2025-32434, CVE-2026-24747)."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        what = f"torch {torch.__version__} does not read .pt files safely"
+        raise DitcompressError("E205", "torch", what, "install torch 2.10 or later")
+
+
+def _read_in_child(path: Path, out: Path) -> None:
+    script = Path(__file__).with_name("_unpickle.py")
+    command = [
+        sys.executable,
+        "-P",
+        str(script),
+        str(path.resolve()),
+        str(out),
+    ]  # -P: no module of the folder we are in
+    seconds = 120 + path.stat().st_size // (10 << 20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError):
-        raise DitcompressError(
-            "E323", path.name, "is not a torch zip archive", "save it again with a current torch"
-        ) from None
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise DitcompressError("E401", path.name, "holds compressed members", "do not use this file")
-    if sum(member.file_size for member in members) > path.stat().st_size * 1.1 + 4096:
-        raise DitcompressError("E401", path.name, "unpacks to more than its own size", "do not use this file")
+        done = subprocess.run(command, capture_output=True, timeout=seconds, env=environment)
+    except subprocess.TimeoutExpired:
+        raise DitcompressError("E323", label(path), f"took longer than {seconds} s to read", COPY_AGAIN) from None
+    answer = done.stdout.decode("utf-8", "replace").strip()
+    if done.returncode == 0 and not answer:
+        return
+    try:
+        refusal = json.loads(answer.splitlines()[-1])
+        code, what = refusal["code"], refusal["what"]
+    except (ValueError, IndexError, KeyError, TypeError):
+        code, what = "E323", f"reading it ended with {_ending(done.returncode)}"
+    raise DitcompressError(code, label(path), printable(what, 160), _REMEDIES[code])
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}"
 
 
 _BLOCK = {
@@ -123,54 +103,86 @@ _EMBEDDER = {
 }  # fmt: skip
 
 
-def convert(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """diffusers' configuration and names for the original layout; E302 when it is another one."""
+def convert(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """diffusers' configuration and names for the original layout; E302 when it is another one.
+
+    The results share memory with `state`.
+    """
     try:
-        config = _config(state)
+        config = _config(state, path)
         result: dict[str, Tensor] = {}
         for name, tensor in state.items():
-            result |= _renamed(name, tensor, config["num_layers"])
-    except (KeyError, ValueError, IndexError, AssertionError):
+            renamed = _renamed(name, tensor, config["num_layers"])
+            if result.keys() & renamed.keys():
+                raise ValueError(f"{name} stands twice")
+            result |= renamed
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise DitcompressError(
-            "E302", where, "its tensor names are not those of DiT or SiT", "give a diffusers folder"
+            "E302", label(path), f"its tensors are not those of DiT or SiT ({error})", "give a diffusers folder"
         ) from None
     return config, result
 
 
-def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    width = state["x_embedder.proj.weight"].shape[0]
-    channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+def _config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     tokens = state["pos_embed"].shape[-2]
-    side = round(tokens**0.5)
-    out = state["final_layer.linear.weight"].shape[0] // patch**2
-    layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    head = next(h for h in (72, 64, 32, 16) if width % h == 0)  # DiT-XL has 16 heads of 72, S, B and L heads of 64
+    side = math.isqrt(tokens)
+    if not torch.allclose(state["pos_embed"].float().reshape(tokens, -1), positions(side, width), atol=5e-3):
+        raise ValueError("pos_embed is not the fixed sine and cosine grid")
+    heads = _heads(width, path)
+    blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
+    if blocks != set(range(len(blocks))):  # also keeps a lone "blocks.1000000000" from filling the memory
+        raise ValueError("a block is missing")
     return {
-        "_class_name": "DiTTransformer2DModel", "num_layers": layers, "num_attention_heads": width // head,
-        "attention_head_dim": head, "in_channels": int(channels), "out_channels": int(out), "patch_size": int(patch),
-        "sample_size": side * int(patch),
-        "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "_class_name": "DiTTransformer2DModel",
+        "num_layers": len(blocks),
+        "num_attention_heads": heads, "attention_head_dim": width // heads, "in_channels": channels,
+        "out_channels": state["final_layer.linear.weight"].shape[0] // patch**2, "patch_size": patch,
+        "sample_size": side * patch, "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False, "norm_eps": 1e-6,
     }  # fmt: skip
 
 
+def _heads(width: int, path: Path) -> int:
+    """Heads leave no trace in the shapes: those of the published models, else what a config.json beside says."""
+    if width in _HEADS:
+        return _HEADS[width]
+    beside = path.with_name("config.json")
+    said = json_object(read_bounded(beside, MOST_CONFIG_BYTES), label(beside)) if beside.exists() else {}
+    heads = said.get("num_attention_heads")
+    if type(heads) is not int or heads < 1 or width % heads:
+        what = f"width {width} is none of the published models, so the number of heads is not known"
+        raise DitcompressError("E320", label(path), what, 'put {"num_attention_heads": N} into a config.json beside it')
+    return heads
+
+
+def positions(side: int, width: int) -> Tensor:
+    """The fixed position embedding of a square grid, row by row: (side * side, width) float32.
+
+    First half for the column, second half for the row; in each sines, then cosines, of 10000^(-i / (width / 4)).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1).float()
+
+
 def _renamed(name: str, tensor: Tensor, layers: int) -> dict[str, Tensor]:
     """The diffusers tensors that one original tensor becomes."""
-    if name == "pos_embed":  # computed from the size
+    if name == "pos_embed":  # diffusers computes it
         return {}
     for old, new in _EMBEDDER.items():
         if name.startswith(old):
             rest = name[len(old) :]
             return {f"transformer_blocks.{i}.norm1.emb.{new}{rest}": tensor for i in range(layers)}
     stem, _, leaf = name.rpartition(".")
-    if name.startswith("blocks."):
-        number, _, inner = stem[len("blocks.") :].partition(".")
-        prefix = f"transformer_blocks.{int(number)}."
-        if inner == "attn.qkv":
-            parts = tensor.chunk(3)
-            return {
-                f"{prefix}attn1.to_{letter}.{leaf}": part.clone() for letter, part in zip("qkv", parts, strict=True)
-            }
-        return {f"{prefix}{_BLOCK[inner]}.{leaf}": tensor}
-    return {f"{_TOP[stem]}.{leaf}": tensor}
+    if not name.startswith("blocks."):
+        return {f"{_TOP[stem]}.{leaf}": tensor}
+    number, _, inner = stem[len("blocks.") :].partition(".")
+    prefix = f"transformer_blocks.{int(number)}."
+    if inner == "attn.qkv":
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"{prefix}attn1.to_{letter}.{leaf}": part for letter, part in parts}
+    return {f"{prefix}{_BLOCK[inner]}.{leaf}": tensor}

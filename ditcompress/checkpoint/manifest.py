@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import DitcompressError, some
+from ..errors import DitcompressError, printable, some
+from ._files import json_object, read_bounded
+
+MOST_BYTES = 64 << 20
 
 NAME = "manifest.json"
+COPY_RESULT = "copy the result again"
 
 
 def sha256(path: Path) -> str:
@@ -35,10 +39,10 @@ def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; E302 when the folder has none of ours."""
     try:
-        value = json.loads((folder / NAME).read_text())
-    except (OSError, ValueError):
+        value = json_object(read_bounded(folder / NAME, MOST_BYTES), NAME)
+    except DitcompressError:
         raise DitcompressError("E302", folder, "has no manifest of ditcompress", "give a finished result") from None
-    if not isinstance(value, dict) or value.get("tool") != "ditcompress" or not isinstance(value.get("files"), dict):
+    if value.get("tool") != "ditcompress" or not isinstance(value.get("files"), dict):
         raise DitcompressError("E302", folder / NAME, "is not a manifest of ditcompress", "give a finished result")
     return value
 
@@ -47,17 +51,17 @@ def verify_manifest(folder: Path) -> None:
     """E323 names the first file that is missing or whose size or sha256 differs."""
     for name, facts in read_manifest(folder)["files"].items():
         path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise DitcompressError("E402", folder / NAME, f"lists {name}", "compress the original again")
+        if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
+            raise DitcompressError("E402", f"{folder.name}/{NAME}", f"lists {name}", "compress the original again")
+        where = f"{printable(folder.name, 40)}/{printable(name, 70)}"
         if not path.is_file():
-            raise DitcompressError("E323", path, "is in the manifest but missing", "copy the result again")
+            raise DitcompressError("E323", where, "is in the manifest but missing", COPY_RESULT)
+        said = facts if isinstance(facts, dict) else {}
         size = path.stat().st_size
-        if size != facts["bytes"]:
-            raise DitcompressError(
-                "E323", path, f"{size} bytes, the manifest says {facts['bytes']}", "copy the result again"
-            )
-        if sha256(path) != facts["sha256"]:
-            raise DitcompressError("E323", path, "its sha256 is not the recorded one", "copy the result again")
+        if size != said.get("bytes"):
+            raise DitcompressError("E323", where, f"{size} bytes, the manifest says {said.get('bytes')}", COPY_RESULT)
+        if sha256(path) != said.get("sha256"):
+            raise DitcompressError("E323", where, "its sha256 is not the recorded one", COPY_RESULT)
 
 
 def is_ours(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +19,16 @@ import torch
 from torch import Tensor
 
 from ..console import Reporter, Silent
-from ..errors import DitcompressError, printable, some
-from .header import COPY_AGAIN, TensorEntry, read_header, regular_file
+from ..errors import DitcompressError, printable
+from ._files import COPY_AGAIN, json_object, label, more, place
+from ._folder import check_config, component_of, gather, read_config, weight_files
+from .header import TensorEntry, read_header, read_tensor
+from .legacy import load_legacy
 
-MOST_CONFIG_BYTES = 8 << 20
-MOST_DEPTH = 32
-STEM = "diffusion_pytorch_model"
-_SHARD = re.compile(r"^(?P<stem>.+)-(\d{5})-of-(\d{5})\.safetensors$")
+_PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+ORIGINAL = "give the original checkpoint"
+
+Mark = tuple[int, int, int, int]  # size, mtime, inode, ctime
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Checkpoint:
     """A checkpoint whose names, sizes and dtypes have been checked; its data are read tensor by tensor.
 
     `path` is what was given, `folder` holds config.json and weights, `pipeline` is the pipeline folder or None,
-    `component` the name of `folder` in it.
+    `component` the name of `folder` in it. `snapshot` is the state of every file when it was opened.
     """
 
     path: Path
@@ -44,7 +46,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
-    snapshot: Mapping[Path, tuple[int, int, int]]
+    snapshot: Mapping[Path, Mark]
     memory: Mapping[str, Tensor] | None = None  # converted legacy checkpoints are held in memory
 
     @property
@@ -63,19 +65,19 @@ class Checkpoint:
     @property
     def scheduler_folder(self) -> Path | None:
         """The folder with the checkpoint's own scheduler, or None."""
-        places = [
-            self.pipeline,
-            self.folder,
-            self.folder.parent if (self.folder.parent / "model_index.json").is_file() else None,
-        ]
-        for place in places:
-            if place is not None and (place / "scheduler" / "scheduler_config.json").is_file():
-                return place / "scheduler"
+        parent = self.folder.parent
+        places = [self.pipeline, self.folder, parent if (parent / "model_index.json").is_file() else None]
+        for folder in places:
+            if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
+                return folder / "scheduler"
         return None
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the configuration and the contents of every weight file, in name order."""
+        return self._digest()
+
+    def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted(self.files, key=lambda f: f.name):
             digest.update(file.name.encode())
@@ -85,51 +87,51 @@ class Checkpoint:
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its own dtype, writable; E315 for a name that is not there, E312 when the file shrank."""
+        """One tensor in its own dtype, writable. E315 for a name that is not there, E324 when its file changed."""
         entry = self.tensors.get(name)
         if entry is None:
-            raise DitcompressError("E315", self.folder.name, f"tensor {name} is missing", COPY_AGAIN)
+            raise DitcompressError("E315", label(self.folder), f"tensor {printable(name, 60)} is missing", COPY_AGAIN)
         if self.memory is not None:
             return self.memory[name].clone()
-        length = entry.stop - entry.start
-        if length == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        data = bytearray(length)
-        view = memoryview(data)
-        with open(entry.file, "rb", buffering=0) as file:
-            done = 0
-            while done < length:  # preadv returns at most 2 GB at once
-                got = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], entry.start + done)
-                if got == 0:
-                    raise DitcompressError(
-                        "E312", f"{entry.file.name}: {name}", "the file shrank while it was read", COPY_AGAIN
-                    )
-                done += got
-        return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
+        return read_tensor(entry, self.snapshot[entry.file][:3])
 
     def verify_unchanged(self) -> None:
-        """E324 when a file was replaced or written to since it was opened."""
+        """E324 when a file was replaced or written to since it was opened.
+
+        A change of ctime alone (a new link, a chmod, a restored mtime) is settled by hashing again, if it was hashed.
+        """
+        touched = False
         for file, before in self.snapshot.items():
-            if _mark(file) != before:
-                raise DitcompressError(
-                    "E324", file.name, "changed while it was being read", "run again on a file at rest"
-                )
+            now = _mark(file)
+            if now[:3] != before[:3]:
+                raise _changed(file)
+            touched |= now != before
+        if touched and "fingerprint" in self.__dict__ and self._digest() != self.fingerprint:
+            raise _changed(self.folder)
 
 
-def _mark(file: Path) -> tuple[int, int, int]:
+def _changed(path: Path) -> DitcompressError:
+    return DitcompressError("E324", label(path), "changed while it was in use", "run again on a file at rest")
+
+
+def _mark(file: Path) -> Mark:
     try:
         status = os.stat(file)
     except OSError:
-        return (-1, -1, -1)
-    return (status.st_size, status.st_mtime_ns, status.st_ino)
+        return (-1, -1, -1, -1)
+    return (status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
 def open_checkpoint(path: str | Path, *, allow_compressed: bool = True) -> Checkpoint:
     """Check and open a checkpoint; every fault is an E3xx or E4xx that names file, tensor and remedy."""
     path = Path(path)
-    if not path.exists():
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except OSError as error:  # a parent that may not be looked into, a name too long
+        raise DitcompressError("E301", path, f"cannot be read ({error.strerror})", "check the path") from None
+    if not there:
         raise DitcompressError("E301", path, "there is nothing here", "give a diffusers folder or a .safetensors file")
-    if path.is_dir():
+    if folder:
         checkpoint = _open_folder(path)
     elif path.suffix == ".safetensors":
         checkpoint = _open_single(path)
@@ -146,48 +148,44 @@ def open_checkpoint(path: str | Path, *, allow_compressed: bool = True) -> Check
 def _open_folder(path: Path) -> Checkpoint:
     pipeline, component, folder = None, "", path
     if (path / "model_index.json").is_file():
-        pipeline, component = path, _component(path)
+        pipeline, component = path, component_of(path)
         folder = path / component
-    elif not (path / "config.json").is_file():
+    elif not (path / "config.json").exists():
         raise DitcompressError(
             "E302", path, "has neither config.json nor model_index.json", "give a diffusers model folder"
         )
-    config = read_config(folder / "config.json")
-    files, index = _weight_files(folder)
-    tensors = _gather(files, index, folder)
-    used = [folder / "config.json", *files]
-    return Checkpoint(path, folder, pipeline, component, config, tensors, tuple(files), {f: _mark(f) for f in used})
-
-
-def _component(pipeline: Path) -> str:
-    """The name of the transformer's folder in a pipeline."""
-    index = read_config(pipeline / "model_index.json")
-    for name in ("transformer", "dit", "prior"):
-        if name in index and (pipeline / name / "config.json").is_file():
-            return name
-    raise DitcompressError(
-        "E302", pipeline / "model_index.json", "names no transformer", "give the model folder itself"
-    )
+    config_file = folder / "config.json"
+    snapshot = {config_file: _mark(config_file)}
+    config = read_config(config_file, path)
+    files, index = weight_files(folder, path)
+    snapshot |= {file: _mark(file) for file in files}
+    tensors = gather(files, index, path)
+    return Checkpoint(path, folder, pipeline, component, config, tensors, tuple(files), snapshot)
 
 
 def _open_single(path: Path) -> Checkpoint:
-    entries, metadata = read_header(path)
     beside = path.with_name("config.json")
+    snapshot = {path: _mark(path)}
+    entries, metadata = read_header(path)
     if "ditcompress" in metadata:
-        config = _json_object(metadata["ditcompress"], f"{path.name}: metadata").get("config", {})
-    elif beside.is_file():
+        where = f"{label(path)}: metadata"
+        config = json_object(metadata["ditcompress"], where).get("config")
+        if not isinstance(config, dict):
+            raise DitcompressError("E320", where, "holds no model configuration", "export the result again")
+        check_config(config, where)
+    elif beside.exists():
+        snapshot[beside] = _mark(beside)
         config = read_config(beside)
     else:
         raise DitcompressError(
             "E302", path, "no config.json beside it says what model this is", "put config.json beside it"
         )
-    _check_config(config, path.name)
-    return Checkpoint(path, path.parent, None, "", config, dict(sorted(entries.items())), (path,), {path: _mark(path)})
+    if not entries:
+        raise DitcompressError("E315", label(path), "the file holds no tensor", COPY_AGAIN)
+    return Checkpoint(path, path.parent, None, "", config, dict(sorted(entries.items())), (path,), snapshot)
 
 
 def _open_legacy(path: Path) -> Checkpoint:
-    from .legacy import load_legacy
-
     before = _mark(path)
     config, state = load_legacy(path)
     entries = {
@@ -197,169 +195,22 @@ def _open_legacy(path: Path) -> Checkpoint:
     return Checkpoint(path, path.parent, None, "", config, entries, (path,), {path: before}, state)
 
 
-# --- config.json -----------------------------------------------------------------------------------------------------
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from a small regular file; E320 for anything else, E403 for remote code."""
-    try:
-        size = regular_file(path).st_size
-    except DitcompressError as error:
-        if error.code == "E311":
-            raise DitcompressError("E320", path.name, "the file is missing", COPY_AGAIN) from None
-        raise
-    if size > MOST_CONFIG_BYTES:
-        raise DitcompressError("E320", path.name, f"{size} bytes, more than {MOST_CONFIG_BYTES}", COPY_AGAIN)
-    config = _json_object(path.read_bytes().decode("utf-8", "replace"), path.name)
-    if path.name == "config.json":
-        _check_config(config, path.name)
-    return config
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        value = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise DitcompressError(
-            "E320", where, f"is not JSON ({printable(error, 80)})", "restore the original file"
-        ) from None
-    if not isinstance(value, dict) or _depth(value) > MOST_DEPTH:
-        raise DitcompressError("E320", where, "is not a JSON object of modest depth", "restore the original file")
-    return value
-
-
-def _depth(value: Any) -> int:
-    deepest, stack = 0, [(value, 1)]
-    while stack:
-        item, depth = stack.pop()
-        deepest = max(deepest, depth)
-        if isinstance(item, dict):
-            stack += [(child, depth + 1) for child in item.values()]
-        elif isinstance(item, list):
-            stack += [(child, depth + 1) for child in item]
-    return deepest
-
-
-def _check_config(config: Mapping[str, Any], where: str) -> None:
-    if "auto_map" in config or isinstance(config.get("_class_name"), list):
-        raise DitcompressError(
-            "E403", where, "asks for code from the folder to be run", "use a model class that diffusers ships"
-        )
-    if not isinstance(config.get("_class_name"), str):
-        raise DitcompressError(
-            "E320", f"{where}: _class_name", "names no model class", "restore the original config.json"
-        )
-
-
 def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
-    quantization = checkpoint.quantization
-    if quantization is None:
-        kinds = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-        packed = [n for n, e in checkpoint.tensors.items() if e.dtype in kinds]
-        if packed:
-            raise DitcompressError(
-                "E322",
-                f"{checkpoint.tensors[packed[0]].file.name}: {packed[0]}",
-                "holds packed or 8-bit weights",
-                "give the original checkpoint",
-            )
+    """E322 for a model that is compressed already, E318 for weights that are no floating-point numbers."""
+    if checkpoint.quantization is not None:
+        fields: Any = checkpoint.quantization
+        method = fields.get("quant_method") if isinstance(fields, dict) else None
+        if method != "ditcompress" or not allow_compressed:
+            what = f"this model is already quantized by {printable(method or 'an unnamed method', 40)}"
+            raise DitcompressError("E322", f"{label(checkpoint.folder)}: quantization_config", what, ORIGINAL)
         return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "ditcompress" or not allow_compressed:
-        by = printable(method, 40)
-        raise DitcompressError(
-            "E322",
-            "config.json: quantization_config",
-            f"this model is already quantized by {by}",
-            "give the original checkpoint",
-        )
-
-
-# --- weight files ----------------------------------------------------------------------------------------------------
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """The weight files in name order and the index's weight map, or None for a single file."""
-    indices = sorted(folder.glob("*.safetensors.index*.json"))
-    single = folder / f"{STEM}.safetensors"
-    present = sorted(p for p in folder.iterdir() if p.name.endswith(".safetensors") and not p.name.startswith("."))
-    if len(indices) > 1:
-        raise DitcompressError(
-            "E314", folder, f"{len(indices)} index files: {some(i.name for i in indices)}", "keep one of them"
-        )
-    if indices:
-        weight_map = _read_index(indices[0])
-        names = sorted(set(weight_map.values()))
-        stale = [p.name for p in present if p.name not in names]
-        if stale:
-            raise DitcompressError(
-                "E313",
-                f"{folder.name}/{stale[0]}",
-                "the index does not list this file",
-                "remove the file or restore its index",
-            )
-        for name in names:
-            regular_file(_inside(folder, name, indices[0].name))
-        return [folder / name for name in names], weight_map
-    if not present:
-        raise DitcompressError(
-            "E311", folder / f"{STEM}.safetensors", "the folder holds no safetensors weights", COPY_AGAIN
-        )
-    if any(_SHARD.match(p.name) for p in present):
-        raise DitcompressError("E314", folder, "shards without an index file", f"copy {STEM}.safetensors.index.json")
-    if len(present) > 1:
-        stale_name = next(p.name for p in present if p != single)
-        raise DitcompressError(
-            "E313", f"{folder.name}/{stale_name}", "more than one weight file", "keep one variant in the folder"
-        )
-    return present, None
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """`folder/name` for a plain file name; E402 for anything that leads elsewhere."""
-    plain = name == os.path.basename(name) and name not in ("", ".", "..") and "\\" not in name and name.isprintable()
-    if not plain or not name.endswith(".safetensors"):
-        raise DitcompressError(
-            "E402", where, f"names the file {printable(name, 60)}", "shards must be plain names in the folder"
-        )
-    return folder / name
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    index = read_config(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise DitcompressError("E314", path.name, "has no weight_map of tensor to file", COPY_AGAIN)
-    return weight_map
-
-
-def _gather(files: list[Path], weight_map: Mapping[str, str] | None, folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of every file; index and shards must name the same ones."""
-    tensors: dict[str, TensorEntry] = {}
-    for file in files:
-        entries, _ = read_header(file)
-        for name, entry in entries.items():
-            if name in tensors:
-                raise DitcompressError(
-                    "E314", f"{file.name}: {name}", f"stands in {tensors[name].file.name} too", COPY_AGAIN
-                )
-            if weight_map is not None and weight_map.get(name) != file.name:
-                said = weight_map.get(name, "no file")
-                raise DitcompressError(
-                    "E314", f"{file.name}: {name}", f"the index says {printable(said, 60)}", COPY_AGAIN
-                )
-            tensors[name] = entry
-    missing = sorted(set(weight_map or ()) - set(tensors))
-    if missing and weight_map is not None:
-        raise DitcompressError(
-            "E315", weight_map[missing[0]], f"tensor {missing[0]} is in the index, not in the file", COPY_AGAIN
-        )
-    if not tensors:
-        raise DitcompressError("E315", folder, "the weight files hold no tensor", COPY_AGAIN)
-    return dict(sorted(tensors.items()))
+    for name, entry in checkpoint.tensors.items():
+        where = place(entry.file, name)
+        kind = str(entry.dtype).removeprefix("torch.")
+        if entry.dtype in _PACKED:
+            raise DitcompressError("E322", where, f"is {kind}: the model is already quantized", ORIGINAL)
+        if not entry.dtype.is_floating_point and name.endswith((".weight", ".bias")):
+            raise DitcompressError("E318", where, f"a weight of dtype {kind}", "convert it to float32 or bfloat16")
 
 
 # --- against the model -----------------------------------------------------------------------------------------------
@@ -370,25 +221,18 @@ def check_tensors(source: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
     tensors = source.tensors
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
-    where = source.folder if isinstance(source, Checkpoint) else "model"
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DitcompressError(
-            "E315", where, f"tensor {missing[0]} is missing{more}", "copy the checkpoint again, or correct config.json"
-        )
+        where = label(source.folder) if isinstance(source, Checkpoint) else "model"
+        remedy = "copy the checkpoint again, or correct config.json"
+        raise DitcompressError("E315", where, f"tensor {printable(missing[0], 80)} is missing{more(missing)}", remedy)
     if extra:
-        file = tensors[extra[0]].file.name if isinstance(source, Checkpoint) else "model"
-        more = f", and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise DitcompressError(
-            "E316", file, f"tensor {extra[0]} has no place in the model{more}", "config.json belongs to another model"
-        )
+        what = f"has no place in the model{more(extra)}"
+        raise DitcompressError("E316", _where(source, extra[0]), what, "config.json belongs to another model")
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
         if found != tuple(shape):
-            file = tensors[name].file.name if isinstance(source, Checkpoint) else "model"
-            raise DitcompressError(
-                "E317", f"{file}: {name}", f"shape {found}, config.json says {tuple(shape)}", "correct config.json"
-            )
+            what = f"shape {found}, config.json says {tuple(shape)}"
+            raise DitcompressError("E317", _where(source, name), what, "correct config.json")
 
 
 def check_finite(source: Any, reporter: Reporter | None = None) -> None:
@@ -398,10 +242,13 @@ def check_finite(source: Any, reporter: Reporter | None = None) -> None:
     with reporter.task("check weights", len(names)) as advance:
         for name in names:
             tensor = source.read(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
-                file = source.tensors[name].file.name if isinstance(source, Checkpoint) else "model"
-                raise DitcompressError(
-                    "E319", f"{file}: {name}", f"{bad} values are NaN or infinite", "restore the tensor from its origin"
-                )
+            if tensor.is_floating_point():
+                finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())  # 8 bits: no kernel
+                if not bool(finite.all()):
+                    what = f"{int((~finite).sum())} of {tensor.numel()} values are NaN or infinite"
+                    raise DitcompressError("E319", _where(source, name), what, "restore the tensor from its origin")
             advance(1)
+
+
+def _where(source: Any, name: str) -> str:
+    return place(source.tensors[name].file if isinstance(source, Checkpoint) else Path("model"), name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,9 @@ class TensorSource(Protocol):
 
     @property
     def config(self) -> dict[str, Any]: ...
+
+    @property
+    def class_name(self) -> str: ...
 
     @property
     def tensors(self) -> Mapping[str, Any]: ...
@@ -48,12 +53,16 @@ class ModuleSource:
         self.tensors = {name: Shape(t.dtype, tuple(t.shape)) for name, t in sorted(self._state.items())}
 
     @property
+    def class_name(self) -> str:
+        return str(self.config["_class_name"])
+
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names and bytes of every tensor."""
-        digest = hashlib.sha256()
-        for name in self.tensors:
-            digest.update(name.encode())
-            digest.update(self._state[name].detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        """sha256 over the configuration and the names, dtypes, shapes and bytes of every tensor."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for name, shape in self.tensors.items():
+            digest.update(f"{name} {shape}".encode())
+            digest.update(self._state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:

@@ -110,6 +110,7 @@ def _terminated(*_: Any) -> None:
 def hush() -> None:
     """Keep the import chatter of dependencies off the terminal."""
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a busy machine
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,6 +14,7 @@ from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, 
 if TYPE_CHECKING:
     from ..api import QuantizeResult
 
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run and begin anew.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 
 
@@ -27,6 +28,7 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -46,7 +48,7 @@ def calibrate(
             return
         found = api.calibrate(
             checkpoint, out, recipe=recipe, overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed,
-            device=device, dtype=dtype, overwrite=overwrite, reporter=common.reporter(quiet, as_json),
+            device=device, dtype=dtype, overwrite=overwrite, restart=restart, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         facts = {
             "out": str(out),
@@ -70,7 +72,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    restart: Annotated[bool, typer.Option(help="Forget an interrupted run and begin anew.")] = False,
+    restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,

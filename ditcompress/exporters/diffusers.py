@@ -7,6 +7,7 @@ of weights, so it is not part of the export.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..checkpoint.writer import ShardWriter, copy_pipeline
 from ..loading import DitcompressConfig, expected_shapes, meta_model
 from ..models import build_meta
 from ..runtime.linear import PackedLinear
+from ._verify import cast, check_written, digest
 
 NEEDS_FOLDER = True
 
@@ -36,34 +38,50 @@ def decoded(checkpoint: Checkpoint, layer: str, packed: PackedLinear) -> Tensor:
 
 
 def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Write the folder in `dtype`, one linear at a time, and check its names and shapes against the plain model."""
+    """Write the folder in `dtype`, one tensor at a time, then read it back: names and shapes are those of the plain
+    model, every value is the one written. Raises E701 when a value does not fit `dtype`."""
     component = checkpoint.component if checkpoint.pipeline else ""
     folder = target / component
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
-    layers = DitcompressConfig(
-        **{k: v for k, v in (checkpoint.quantization or {}).items() if k != "quant_method"}
-    ).layers
+    config = DitcompressConfig.of(checkpoint.config)
+    layers = config.layers if config else {}
     stored = {f"{name}.{suffix}" for name in layers for suffix in _packed(model, name).stored}
     writer = ShardWriter(folder)
+    digests: dict[str, str] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        value = cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+        digests[name] = digest(value)
+        writer.add(name, value)
+
     for name in layers:
-        writer.add(f"{name}.weight", decoded(checkpoint, name, _packed(model, name)).to(dtype))
+        add(f"{name}.weight", decoded(checkpoint, name, _packed(model, name)))
     for name in checkpoint.tensors:
         if name not in stored:
-            tensor = checkpoint.read(name)
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            add(name, checkpoint.read(name))
     files = writer.finish()
-    config = plain_config(checkpoint)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, target, component)
+    _write_rest(checkpoint, target, folder, component)
     again = open_checkpoint(folder)
-    check_tensors(again, expected_shapes(build_meta(config)))
+    check_tensors(again, expected_shapes(build_meta(plain_config(checkpoint))))
+    check_written(again, digests)
     return {
         "tensors": len(again.tensors),
         "bytes": sum(f.stat().st_size for f in files),
-        "verified": "0 missing and 0 unexpected keys against the plain model",
+        "verified": "0 missing and 0 unexpected keys against the plain model; every tensor reads back equal",
     }
+
+
+def _write_rest(checkpoint: Checkpoint, target: Path, folder: Path, component: str) -> None:
+    """config.json without our entry, and the pipeline's other components or the model's own scheduler."""
+    text = json.dumps(plain_config(checkpoint), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n")
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, target, component)
+    elif checkpoint.scheduler_folder:
+        (folder / "scheduler").mkdir()
+        name = "scheduler_config.json"
+        shutil.copyfile(checkpoint.scheduler_folder / name, folder / "scheduler" / name)
 
 
 def _packed(model: torch.nn.Module, name: str) -> PackedLinear:

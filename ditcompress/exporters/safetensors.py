@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.writer import ShardWriter
-from ..errors import DitcompressError
+from ._verify import check_written, digest
 
 NEEDS_FOLDER = False
 
@@ -17,13 +17,13 @@ NEEDS_FOLDER = False
 def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write `target` with the tensors as they are stored; `dtype` has no say. Reads it back bit by bit."""
     writer = ShardWriter(target.parent, stem=target.stem, max_shard_bytes=2**62, metadata={"config": checkpoint.config})
+    digests: dict[str, str] = {}
     for name in checkpoint.tensors:
-        writer.add(name, checkpoint.read(name))
+        tensor = checkpoint.read(name)
+        digests[name] = digest(tensor)
+        writer.add(name, tensor)
     (file,) = writer.finish()
-    again = open_checkpoint(file)
-    for name in checkpoint.tensors:
-        if not torch.equal(again.read(name).view(torch.uint8), checkpoint.read(name).view(torch.uint8)):
-            raise DitcompressError("E323", f"{file.name}: {name}", "reads back other bytes", "check the disk")
+    check_written(open_checkpoint(file), digests)
     return {
         "tensors": len(checkpoint.tensors),
         "bytes": file.stat().st_size,

@@ -71,6 +71,12 @@ def default_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteSchedu
     return FlowMatchEulerDiscreteScheduler(shift=math.exp(mu))
 
 
+def sigmas(steps: int) -> list[float]:
+    """Noise levels before the shift, as the pipeline gives them: from 1 to 1/steps. The scheduler's own run down to
+    1/1000, so its last steps see states that the pipeline never makes."""
+    return [1 - index / steps for index in range(steps)]
+
+
 def random_conditions(config: Mapping[str, Any], count: int, generator: torch.Generator) -> Conditions:
     """Normal token embeddings (count, tokens, channels) and pooled ones (count, channels)."""
     tokens = (count, TEXT_TOKENS, int(config["joint_attention_dim"]))

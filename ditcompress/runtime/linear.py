@@ -6,46 +6,15 @@ forward: x / smooth (where smoothing is online) -> quantize the input -> product
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats.base import dequantize, stored_layout
-from ..plan import ActivationSpec, WeightSpec
+from ..formats.base import dequantize
 from .ops import cpu_int8, reference
 from .ops.quantize_activation import fake_quantize, quantize_token, quantize_token_asymmetric
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one linear is stored and run, as config.json says it."""
-
-    weight: WeightSpec
-    activation: ActivationSpec = field(default_factory=ActivationSpec)
-    smooth: str = "none"
-    rank: int = 0
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Scheme:
-        weight = WeightSpec(value["weight"]["format"], value["weight"]["params"])
-        return Scheme(weight, ActivationSpec(**value["activation"]), value["smooth"], int(value["rank"]))
-
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """{suffix: (shape, dtype)} of everything stored in place of a weight (out, in)."""
-        rows, columns = shape
-        stored = dict(stored_layout(self.weight, shape))
-        if self.rank:
-            stored["low_rank_up"] = ((rows, self.rank), torch.bfloat16)
-            stored["low_rank_down"] = ((self.rank, columns), torch.bfloat16)
-        if self.smooth == "online":
-            stored["smooth"] = ((columns,), torch.float32)
-        if self.activation.mode == "static":
-            stored["input_scale"] = ((1,), torch.float32)
-            if not self.activation.symmetric:
-                stored["input_zero"] = ((1,), torch.float32)
-        return stored
+from .scheme import Scheme
 
 
 def kernel_for(scheme: Scheme, device: torch.device) -> str:
@@ -95,6 +64,10 @@ class PackedLinear(nn.Module):
                 setattr(self, name, before if before.is_meta else before.to(after.device))
         self._row_sum = None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._row_sum = None  # of the codes that are about to be replaced
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def weight(self) -> Tensor:

@@ -1,0 +1,91 @@
+"""How one linear is stored and run, as config.json says it.
+
+The text comes from a file that anyone may have edited, and a scheme that is read loosely runs and gives wrong images:
+an unknown mode or a one-bit input must be refused, not guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import DitcompressError
+from ..formats.base import resolve, stored_layout
+from ..plan import ActivationSpec, WeightSpec
+
+WHERE = "config.json: quantization_config"
+MOST_RANK = 2**16  # far above any width, far below an allocation that overflows
+
+
+class Strict(BaseModel):
+    """Fields from config.json: none unknown, none converted (1 is no true, "8" no 8)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Weight(Strict):
+    format: str
+    params: dict[str, Any]
+
+
+class _Activation(Strict):
+    mode: Literal["none", "token", "tensor", "static"] = "none"
+    bits: int = Field(8, ge=2, le=8)
+    symmetric: bool = True
+
+
+class _Fields(Strict):
+    weight: _Weight
+    activation: _Activation
+    smooth: Literal["none", "fold", "online"]
+    rank: int = Field(ge=0, le=MOST_RANK)
+
+
+def refuse(where: str, error: ValidationError) -> DitcompressError:
+    """The first fault that pydantic found, as E320 with the key's full name."""
+    fault = error.errors(include_url=False)[0]
+    key = ".".join([where, *(str(part) for part in fault["loc"])])
+    return DitcompressError("E320", key, f"is not valid ({fault['msg']})", "compress the original again")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What replaces a weight, how the input is rounded, whether it is divided by a smoothing vector, and the rank of
+    the low-rank part."""
+
+    weight: WeightSpec
+    activation: ActivationSpec = field(default_factory=ActivationSpec)
+    smooth: str = "none"
+    rank: int = 0
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any], where: str = WHERE) -> Scheme:
+        """E320 names the key that is missing, unknown or out of range."""
+        try:
+            fields = _Fields.model_validate(value)
+            weight = WeightSpec(fields.weight.format, fields.weight.params)
+            resolve(weight)
+        except ValidationError as error:
+            raise refuse(where, error) from None
+        except DitcompressError as error:  # a format we do not have: the input's fault here, not the command line's
+            raise DitcompressError("E320", f"{where}.weight.format", error.what, "upgrade ditcompress") from None
+        return Scheme(weight, ActivationSpec(**fields.activation.model_dump()), fields.smooth, fields.rank)
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{suffix: (shape, dtype)} of everything stored in place of a weight (out, in)."""
+        rows, columns = shape
+        stored = dict(stored_layout(self.weight, shape))
+        if self.rank:
+            stored["low_rank_up"] = ((rows, self.rank), torch.bfloat16)
+            stored["low_rank_down"] = ((self.rank, columns), torch.bfloat16)
+        if self.smooth == "online":
+            stored["smooth"] = ((columns,), torch.float32)
+        if self.activation.mode == "static":
+            stored["input_scale"] = ((1,), torch.float32)
+            if not self.activation.symmetric:
+                stored["input_zero"] = ((1,), torch.float32)
+        return stored
