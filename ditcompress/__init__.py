@@ -8,7 +8,6 @@ every name, shape and dtype, where diffusers only warns.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import Any
 
@@ -33,19 +32,14 @@ def __dir__() -> list[str]:
 class _RegisterAfterImport:
     """Registers us the moment diffusers' quantizer mappings are imported, so importing us alone stays cheap."""
 
-    def __init__(self) -> None:
-        self.searching = False
-
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The ordinary spec, whose loader also registers us. It may be asked for more than once: tools that only look
-        whether a module exists never execute it."""
-        if name != _AUTO or self.searching:
+        """The other finders' spec, whose loader also registers us. It may be asked for more than once: tools that only
+        look whether a module exists never execute it."""
+        if name != _AUTO:
             return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.searching = False
+        others = (finder for finder in sys.meta_path if finder is not self)  # type: ignore[comparison-overlap]
+        found = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

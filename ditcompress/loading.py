@@ -12,7 +12,7 @@ packed layers both doors refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     for name in schemes:
         if name not in linears:
             raise DitcompressError(
-                "E320", "quantization_config", f"{name} is not a linear of this model", "compress the original again"
+                "E320", f"{WHERE}.layers", f"{name} is not a linear of this model", "compress the original again"
             )
     replace_linears(model, schemes)
 
@@ -219,7 +219,7 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     }
 
 
-def check_layer_names(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:
+def check_layer_names(model: nn.Module, layers: Collection[str], present: Collection[str]) -> None:
     """Packed layers have exactly the tensors their schemes ask for: E315 one is missing, E316 one too many."""
     expected = {f"{layer}.{name}" for layer in layers for name in model.get_submodule(layer).state_dict()}
     found = {name for name in present if name.rpartition(".")[0] in layers}

@@ -67,10 +67,13 @@ class Scheme:
         """E320 names the key that is missing, unknown or out of range."""
         try:
             fields = _Fields.model_validate(value)
-            weight = WeightSpec(fields.weight.format, fields.weight.params)
-            resolve(weight)
         except ValidationError as error:
             raise refuse(where, error) from None
+        weight = WeightSpec(fields.weight.format, fields.weight.params)
+        try:
+            resolve(weight)
+        except ValidationError as error:
+            raise refuse(f"{where}.weight.params", error) from None
         except DitcompressError as error:  # a format we do not have: the input's fault here, not the command line's
             raise DitcompressError("E320", f"{where}.weight.format", error.what, "upgrade ditcompress") from None
         return Scheme(weight, ActivationSpec(**fields.activation.model_dump()), fields.smooth, fields.rank)

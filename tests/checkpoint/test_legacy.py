@@ -36,9 +36,11 @@ asyncio.unix_events _UnixSubprocessTransport|multiprocessing.util spawnv_passfds
 webbrowser open|urllib.request urlopen|socket socket|http.server test|smtplib SMTP|ftplib FTP|tempfile mktemp|_io open
 io FileIO|codecs decode|marshal loads|types FunctionType|types CodeType|pickle loads|pip main|ensurepip _run_pip
 idlelib.run Executive|idlelib.pyshell ModifiedInterpreter.runcode|lib2to3.pgen2.grammar Grammar.loads
-logging.config listen|torch load|torch.jit.unsupported_tensor_ops execWrapper|torch.utils.bottleneck.__main__ run_cprofile|torch.hub load
+logging.config listen|torch load|torch.jit.unsupported_tensor_ops execWrapper
+torch.utils.bottleneck.__main__ run_cprofile|torch.hub load
 torch.utils._config_module load_config|torch.utils.data.datapipes.utils.decoder basichandlers
-torch.distributed.rpc remote|torch.serialization load|torch.storage _load_from_bytes|torch._dynamo.guards GuardBuilder.get|torch.fx GraphModule
+torch.distributed.rpc remote|torch.serialization load|torch.storage _load_from_bytes
+torch._dynamo.guards GuardBuilder.get|torch.fx GraphModule
 torch.utils.collect_env run|torch._inductor.codecache compile_file|numpy.testing._private.utils runstring|numpy load
 numpy.f2py.crackfortran getlincoef|distutils.file_util write_file|site addpackage|venv main|zipimport zipimporter
 """.replace("\n", "|")
