@@ -15,7 +15,7 @@ from ..errors import DitcompressError
 def digest(tensor: Tensor) -> str:
     """sha256 of dtype, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
