@@ -91,6 +91,20 @@ def test_errors_of_the_disk_are_named(tmp_path: Path, number: int, code: str, mo
         assert value(tmp_path / "out") == 1 and hidden(tmp_path) == []
 
 
+def test_a_failed_rename_puts_the_earlier_result_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out")
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if ".partial-" in Path(source).name:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    failure(lambda: write(tmp_path / "out", 2.0, overwrite=True), "E603", "out")
+    assert value(tmp_path / "out") == 1 and hidden(tmp_path) == []
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
     failure(lambda: write(tmp_path / "a" / "out", planned_bytes=2**60), "E601", "out", str(int(2**60 * 1.05)))
     assert list(tmp_path.iterdir()) == []

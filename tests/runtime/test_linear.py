@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 
 from ditcompress.formats import int as fmt
 from ditcompress.plan import ActivationSpec, WeightSpec
 from ditcompress.runtime.linear import PackedLinear, Scheme, kernel_for
-from ditcompress.runtime.ops import cpu_int8
+from ditcompress.runtime.ops import cpu_int8, reference
 from ditcompress.runtime.ops.quantize_activation import fake_quantize
 
 INT8 = WeightSpec("int", {"bits": 8, "layout": "row", "symmetric": True, "scale": "float32"})
@@ -51,7 +57,7 @@ def test_the_integer_product_equals_floating_point_on_the_same_codes(
 ) -> None:
     scheme = Scheme(INT8, ActivationSpec("token", 8, symmetric))
     layer = packed(scheme, rows, columns)
-    assert kernel_for(scheme, torch.device("cpu")) == cpu_int8.NAME
+    assert (kernel_for(scheme, torch.device("cpu")) == cpu_int8.NAME) == cpu_int8.available()
     x = inputs(tokens, columns, outliers)
     rounded = fake_quantize(x, scheme.activation).double()
     expected = rounded @ layer.dequantize().double().T + layer.bias.double()
@@ -132,3 +138,58 @@ def test_rounding_an_input_moves_it_by_at_most_one_step(mode: str, symmetric: bo
     most = 1.6 if mode == "tensor" and not symmetric else 1.01
     assert ((y - x).abs() <= step * most + 1e-9).all()
     assert torch.isfinite(y).all()
+
+
+def saturating(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What oneDNN does without VNNI: unsigned codes, pairs of products added in 16 bits."""
+    terms = (codes.long() + 128).unsqueeze(1) * weight.long()
+    if terms.shape[-1] % 2:
+        terms = torch.nn.functional.pad(terms, (0, 1))
+    pairs = terms.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+    return (pairs.sum(-1) - 128 * weight.long().sum(1)).int()
+
+
+def test_an_integer_product_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_int8, "integer_product", saturating)
+    assert not cpu_int8.adds_exactly()
+    cpu_int8._with_onednn.cache_clear()
+    try:
+        assert kernel_for(Scheme(INT8, ActivationSpec("token")), torch.device("cpu")) == reference.NAME
+    finally:
+        cpu_int8._with_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("widest", ["AVX512_CORE", "AVX2"])
+def test_outputs_are_right_on_a_processor_without_vnni(widest: str) -> None:
+    code = """
+    import torch
+    from tests.runtime.test_linear import INT8, ActivationSpec, Scheme, fake_quantize, inputs, packed
+    for symmetric in (True, False):
+        layer, x = packed(Scheme(INT8, ActivationSpec("token", 8, symmetric)), 96, 640), inputs(8, 640)
+        expected = fake_quantize(x, layer.scheme.activation).double() @ layer.dequantize().double().T + layer.bias
+        print(float((layer(x) - expected).norm() / expected.norm()))
+    """
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": widest}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(float(line) < 1e-6 for line in done.stdout.split()), done.stdout
+
+
+def test_new_codes_bring_new_row_sums() -> None:
+    layer, x = packed(Scheme(INT8, ActivationSpec("token", 8, False)), 24, 40), inputs(6, 40) + 2
+    layer(x)  # the row sums of the first codes are kept from here on
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["qweight"] = state["qweight"].flip(0)
+    layer.load_state_dict(state)
+    expected = fake_quantize(x, layer.scheme.activation) @ layer.dequantize().T + layer.bias
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_layer_is_traced_without_a_break() -> None:
+    for symmetric in (True, False):
+        layer, x = packed(Scheme(INT8, ActivationSpec("token", 8, symmetric)), 24, 40), inputs(6, 40)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
