@@ -8,14 +8,21 @@ import typer
 
 from ..console import print_table, print_text
 from . import common
-from .common import Debug, Json, Quiet, Set
+from .common import Debug, Device, Dtype, Json, Quiet, Seed, Set
 
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")]
 
 
 @app.command("list")
-def list_(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def list_(
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Every shipped recipe with one line of description."""
     with common.command(as_json, debug):
         from ..recipe import load_recipe, recipe_files
@@ -27,7 +34,15 @@ def list_(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> 
 
 
 @app.command("show")
-def show(name: Name, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def show(
+    name: Name,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """The text of a recipe."""
     with common.command(as_json, debug):
         from pathlib import Path
@@ -40,7 +55,16 @@ def show(name: Name, as_json: Json = False, quiet: Quiet = False, debug: Debug =
 
 
 @app.command("validate")
-def validate(name: Name, set_: Set = None, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def validate(
+    name: Name,
+    set_: Set = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Check a recipe: its keys, its steps and formats and their parameters."""
     with common.command(as_json, debug):
         from ..api import check_recipe
@@ -54,6 +78,9 @@ def validate(name: Name, set_: Set = None, as_json: Json = False, quiet: Quiet =
 
 def explain(
     name: Annotated[str, typer.Argument(help="Name of a quantization step or a number format.")],
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

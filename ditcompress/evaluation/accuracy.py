@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DitcompressError
 from ..result import Measurement
-from .intervals import paired_proportion, rare_rate
+from .intervals import mean_interval, paired_proportion, rare_rate
 from .paired import Pairs
 from .subject import Subject
 
@@ -68,12 +68,28 @@ def measurements(subject: Subject, pairs: Pairs, classifier: Classifier, name: s
     identical = bool(torch.equal(pairs.original, pairs.compressed))
     difference = 100 * float(still.mean() - right.mean())
     return [
+        *_feature_cosine(pairs, classifier, name),
         Measurement("class_accuracy", "class accuracy, difference", "T4", "pp", True, difference,
                     100 * low, 100 * high, n=n,
                     original=100 * float(right.mean()), compressed=100 * float(still.mean()), identical=identical,
                     note=name),
         Measurement("label_flips", "samples whose class changed", "T3", "%", False, 100 * flips / n, 100 * flip_low,
                     100 * flip_high, n=n, identical=identical, note=name),
+    ]  # fmt: skip
+
+
+def _feature_cosine(pairs: Pairs, classifier: Classifier, name: str) -> list[Measurement]:
+    """Mean cosine of the pairs' features, for a classifier that has `features(images) -> (n, dimensions)`."""
+    extract = getattr(classifier, "features", None)
+    if extract is None:
+        return []
+    first, second = logits(extract, pairs.original), logits(extract, pairs.compressed)
+    values = torch.nn.functional.cosine_similarity(first.double(), second.double()).numpy()
+    low, high = mean_interval(values)
+    identical = bool(torch.equal(pairs.original, pairs.compressed))
+    return [
+        Measurement("feature_cosine", "cosine of classifier features", "T3", "", True, float(values.mean()), low, high,
+                    n=len(values), identical=identical, note=name)
     ]  # fmt: skip
 
 

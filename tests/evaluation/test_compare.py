@@ -70,6 +70,7 @@ def test_eight_bits_pass_the_sharp_margins_but_twelve_pairs_cannot_bound_rare_fa
     assert rows["pairs_under_15"]["gate"] == "INCONCLUSIVE" and "300 pairs" in rows["pairs_under_15"]["note"]
     assert result["verdict"] == "INCONCLUSIVE"
     assert rows["psnr"]["floor"] < 15  # unrelated images
+    assert 0.999 < rows["feature_cosine"]["value"] <= 1
 
 
 def test_every_integrity_check_ran_in_a_fresh_process_too(report: Any) -> None:
