@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -41,6 +41,7 @@ class Calibration(_Strict):
     buckets: int = Field(8, ge=1, le=1000)
     reservoir: int = Field(1024, ge=0, le=1_000_000)
     weighting: Literal["none", "fisher"] = "none"
+    labels: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
 
 class Weight(BaseModel):

@@ -136,6 +136,7 @@ def conditions_for(
         settings.seed,
         file=Path(file) if file else None,
         prompts=prompts,
+        labels=settings.labels,
         reporter=reporter,
     )
 

@@ -115,6 +115,8 @@ def quantize(
         checkpoint.verify_unchanged()
         _write_config(folder, checkpoint.config, engine.quantization_config(chosen.name, outcome))
         (folder / "recipe.json").write_text(json.dumps(chosen.to_json(), indent=2) + "\n")
+        records = [asdict(record) for record in outcome.records]
+        (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
         if checkpoint.pipeline:
             copy_pipeline(checkpoint.pipeline, partial, component)
         elif checkpoint.scheduler_folder:

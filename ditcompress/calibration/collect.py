@@ -46,6 +46,7 @@ class CalibrationSettings:
     buckets: int = 8
     reservoir: int = 1024
     weighting: Literal["none", "fisher"] = "none"
+    labels: tuple[int, ...] = ()  # class labels in turn, of a class-conditional model; empty: all equally often
     seed: int = 0
     batch: int = 16
     grams: bool = True
@@ -119,7 +120,7 @@ class _Collector:
         return -(-self.settings.reservoir // self.settings.buckets)
 
     def _add(self, known: InputStatistics, new: InputStatistics) -> InputStatistics:
-        """`merge_inputs`, adding the Gram matrix in place."""
+        """Both sets of tokens; the Gram matrix is added in place."""
         b = self.bucket
         known.low[b], known.high[b] = torch.minimum(known.low[b], new.low[b]), torch.maximum(known.high[b], new.high[b])
         if known.gram is not None and new.gram is not None:

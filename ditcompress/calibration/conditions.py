@@ -84,8 +84,13 @@ def get_conditions(
             reporter.note(f"{Path(file).name} has no {NULL} branch: only the conditional one is seen, without guidance")
         return found
     if config.get("num_embeds_ada_norm") and "class_labels" in adapter.random_conditions(config, 1, torch.Generator()):
-        cond = {"class_labels": class_labels(int(config["num_embeds_ada_norm"]), count, seed, labels)}
-        return Conditions(cond, adapter.null_conditions(config, cond), "class labels, every class equally often")
+        classes = int(config["num_embeds_ada_norm"])
+        if labels and max(labels) >= classes:
+            reporter.note(f"the recipe's labels go beyond this model's {classes} classes: all classes are used instead")
+            labels = None
+        cond = {"class_labels": class_labels(classes, count, seed, labels)}
+        said = f"the recipe's {len(labels)} class labels" if labels else "class labels, every class equally often"
+        return Conditions(cond, adapter.null_conditions(config, cond), said)
     if source.pipeline is not None and prompts:
         from .text import from_pipeline, has_text_encoder
 

@@ -1,4 +1,4 @@
-"""What calibration keeps of each input, enough for every later method; statistics of parts merge to the whole.
+"""What calibration keeps of each input, enough for every later method.
 
 Shapes: B timestep buckets, K input channels, R reservoir rows.
 """
@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DitcompressError
-
 FIELDS = ("low", "high", "total", "tokens", "gram", "reservoir", "reservoir_bucket", "priority")
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """One input. `low`, `high` (B, K) float32 channel ranges of every token; `gram` (K, K) float32 and `total` (K,)
-    float64 over the weighted tokens it was built from, `tokens` (1,) float64 their weight; `reservoir` (R, K) float32
-    tokens with their bucket (R,) and the random `priority` (R,) that chose them."""
+    """One input. `low`, `high` (B, K) float32 channel ranges of every token; `gram` (K, K) float32, of tokens weighted
+    as `meta` says; `total` (K,) float64 and `tokens` (1,) float64 the plain sum and number of tokens; `reservoir`
+    (R, K) float32 tokens with their bucket (R,) and the random `priority` (R,) that chose them."""
 
     low: Tensor
     high: Tensor
@@ -40,7 +38,7 @@ class InputStatistics:
 
     @property
     def mean(self) -> Tensor:
-        """Weighted mean of each channel, (K,) float64."""
+        """Mean of each channel over all tokens, (K,) float64."""
         return self.total / self.tokens.clamp_min(1e-12)
 
 
@@ -71,31 +69,6 @@ def keep_best(reservoir: Tensor, bucket: Tensor, priority: Tensor, quota: int) -
     first = torch.searchsorted(sorted_bucket, sorted_bucket, side="left")
     kept = order[torch.arange(len(order)) - first < quota]
     return reservoir[kept], bucket[kept], priority[kept]
-
-
-def merge_inputs(a: InputStatistics, b: InputStatistics, quota: int) -> InputStatistics:
-    """The statistics of both sets of tokens. Sums are exact up to their rounding, ranges and reservoir exactly."""
-    if a.low.shape != b.low.shape or (a.gram is None) != (b.gram is None):
-        raise DitcompressError("E331", "statistics", "the two parts have different shapes", "calibrate both alike")
-    rows = [
-        torch.cat(pair)
-        for pair in ((a.reservoir, b.reservoir), (a.reservoir_bucket, b.reservoir_bucket), (a.priority, b.priority))
-    ]
-    reservoir, bucket, priority = keep_best(rows[0], rows[1], rows[2], quota)
-    gram = None if a.gram is None or b.gram is None else a.gram + b.gram
-    return InputStatistics(
-        torch.minimum(a.low, b.low), torch.maximum(a.high, b.high), a.total + b.total, a.tokens + b.tokens,
-        gram, reservoir, bucket, priority,
-    )  # fmt: skip
-
-
-def merge(a: Statistics, b: Statistics, quota: int) -> Statistics:
-    """Statistics of two parts of one calibration; block similarities are averaged."""
-    if a.inputs.keys() != b.inputs.keys():
-        raise DitcompressError("E331", "statistics", "the two parts know different inputs", "calibrate both alike")
-    inputs = {key: merge_inputs(a.inputs[key], b.inputs[key], quota) for key in a.inputs}
-    blocks = {key: (value + b.blocks[key]) / 2 for key, value in a.blocks.items() if key in b.blocks}
-    return Statistics(inputs, blocks, {**a.meta, "merged": True})
 
 
 def flatten(statistics: Statistics) -> dict[str, Tensor]:

@@ -6,9 +6,11 @@ a layer includes what its predecessors added. Diagnostic only: nothing is gated 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ IMAGES = 4
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """SQNR in dB and cosine of one linear's output; `bits` are stored bits per weight."""
+    """SQNR in dB and cosine of one linear's output; `bits` are stored bits per weight; `weight_sqnr_db` is that of the
+    weight itself as `quantize` recorded it (None where there is no record)."""
 
     name: str
     role: str
@@ -37,6 +40,7 @@ class LayerOutput:
     activation: str
     kernel: str
     dead: bool
+    weight_sqnr_db: float | None = None
 
 
 @contextmanager
@@ -82,11 +86,26 @@ def compare_layers(subject: Subject) -> list[LayerOutput]:
     roles = {site.name: (site.role, site.block) for site in layout.sites}
     order = {site.name: place for place, site in enumerate(layout.sites)}
     names = sorted((n for n in packed if n in found["original"]), key=lambda n: order.get(n, len(order)))
-    return [_one(name, packed[name], found, roles) for name in names]
+    recorded = recorded_weight_sqnr(subject.result.folder)
+    return [_one(name, packed[name], found, roles, recorded.get(name)) for name in names]
+
+
+def recorded_weight_sqnr(folder: Path) -> dict[str, float]:
+    """Weight SQNR of each linear from the `layers.json` that `quantize` left: measured there on the smoothed weight,
+    which cannot be had back from the stored one. Empty where the file is missing or not ours."""
+    try:
+        rows = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+        return {str(row["site"]): float(row["weight_sqnr_db"]) for row in rows if row["weight_sqnr_db"] is not None}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _one(
-    name: str, layer: PackedLinear, found: Mapping[str, Mapping[str, Tensor]], roles: Mapping[str, tuple[str, str]]
+    name: str,
+    layer: PackedLinear,
+    found: Mapping[str, Mapping[str, Tensor]],
+    roles: Mapping[str, tuple[str, str]],
+    weight_sqnr: float | None,
 ) -> LayerOutput:
     reference, output = found["original"][name], found["compressed"][name]
     role, block = roles.get(name, ("other", ""))
@@ -110,6 +129,7 @@ def _one(
         activation="float" if activation.mode == "none" else f"int{activation.bits} per {activation.mode}",
         kernel=kernel_for(layer.scheme, torch.device(subject_device(layer))),
         dead=constant or not bool(torch.isfinite(output).all()),
+        weight_sqnr_db=weight_sqnr,
     )
 
 

@@ -16,7 +16,7 @@ from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import class_labels, get_conditions
 from ditcompress.calibration.schedulers import load_scheduler
 from ditcompress.calibration.sensitivity import token_weights
-from ditcompress.calibration.statistics import flatten, merge
+from ditcompress.calibration.statistics import flatten
 from ditcompress.calibration.store import fingerprint, load_statistics, save_statistics
 from ditcompress.calibration.trajectory import Sampling, StepRecord, initial_noise, sample
 from ditcompress.checkpoint.source import ModuleSource
@@ -68,18 +68,6 @@ def test_the_statistics_do_not_depend_on_the_batch_size(setting: tuple[Any, ...]
         other = large.inputs[key]
         assert torch.allclose(one.low, other.low, atol=1e-4) and torch.allclose(one.high, other.high, atol=1e-4)
         assert torch.allclose(one.gram, other.gram, rtol=1e-3, atol=1e-2)
-
-
-def test_two_halves_merge_to_the_whole(setting: tuple[Any, ...]) -> None:
-    model, layout, scheduler, conditions = setting
-    first = collect(model, dit, model.config, layout, scheduler, conditions, replace(SETTINGS, samples=2))
-
-    whole = run(setting)
-    twice = merge(first, first, 16)
-    key = next(iter(whole.inputs))
-    assert torch.allclose(twice.inputs[key].gram, 2 * first.inputs[key].gram)
-    assert float(twice.inputs[key].tokens) == float(whole.inputs[key].tokens)
-    assert torch.equal(twice.inputs[key].low, first.inputs[key].low)
 
 
 def test_an_interrupted_pass_continues_to_the_same_bits(

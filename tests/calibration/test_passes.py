@@ -13,10 +13,8 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchE
 from ditcompress.calibration import collect as module
 from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import get_conditions
-from ditcompress.calibration.statistics import InputStatistics, merge_inputs
 from ditcompress.calibration.trajectory import Sampling, sample
 from ditcompress.checkpoint.source import ModuleSource
-from ditcompress.errors import DitcompressError
 from ditcompress.models import dit, flux, pixart, sd3
 
 SETTINGS = CalibrationSettings(samples=4, steps=3, policy="all", buckets=3, reservoir=48, batch=2, weighting="fisher")
@@ -93,28 +91,3 @@ def test_stochastic_samplers_depend_on_their_seed_alone(scheduler: Any) -> None:
     assert torch.equal(draw(4, 3, 1), whole)
     assert float((draw(1, 3, 2) - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
     assert not torch.allclose(draw(4, 4, 0), whole, rtol=0.1)
-
-
-def part_of(tokens: torch.Tensor, bucket: int, seed: int) -> InputStatistics:
-    """Statistics of tokens (n, K) that all fell into one of two buckets."""
-    low, high = (torch.full((2, tokens.shape[1]), sign * float("inf")) for sign in (1, -1))
-    low[bucket], high[bucket] = tokens.amin(0), tokens.amax(0)
-    priority = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed))
-    count, place = torch.tensor([float(len(tokens))], dtype=torch.float64), torch.full((len(tokens),), bucket).int()
-    return InputStatistics(low, high, tokens.double().sum(0), count, tokens.T @ tokens, tokens, place, priority)
-
-
-def test_merged_parts_describe_all_their_tokens() -> None:
-    tokens = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
-    first, second = part_of(tokens[:40], 0, 1), part_of(tokens[40:], 1, 2)
-    whole = merge_inputs(first, second, 8)
-    assert whole.gram is not None and torch.allclose(whole.gram, tokens.T @ tokens, atol=1e-4)
-    assert torch.allclose(whole.mean, tokens.double().mean(0))
-    assert torch.equal(whole.absmax.amax(0), tokens.abs().amax(0))
-    assert torch.equal(whole.low[0], tokens[:40].amin(0)) and torch.equal(whole.low[1], tokens[40:].amin(0))
-    best = [first.priority.topk(8).values, second.priority.topk(8).values]
-    assert torch.equal(whole.priority, torch.cat(best))
-    swapped = merge_inputs(second, first, 8)
-    assert torch.equal(swapped.reservoir, whole.reservoir)
-    with pytest.raises(DitcompressError, match="E331"):
-        merge_inputs(first, replace(second, gram=None), 8)

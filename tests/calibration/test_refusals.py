@@ -81,3 +81,14 @@ def test_the_cache_notices_another_scheduler_of_the_checkpoint(tmp_path: Path) -
     before = _scheduler_digest(tmp_path)
     file.write_text('{"timestep_spacing": "trailing"}')
     assert _scheduler_digest(tmp_path) != before and _scheduler_digest(None) == ""
+
+
+def test_a_recipe_may_name_its_class_labels() -> None:
+    """DiTAS calibrates on 16 fixed ImageNet classes; a model with fewer classes gets all of its own, said aloud."""
+    model = dit.tiny()
+    source, told = ModuleSource(model), Silent()
+    classes = int(model.config["num_embeds_ada_norm"])
+    asked = [0, classes - 1]
+    assert get_conditions(source, dit, 5, 0, labels=asked).labels.tolist() == [0, classes - 1, 0, classes - 1, 0]
+    found = get_conditions(source, dit, classes, 0, labels=[classes], reporter=told)
+    assert sorted(found.labels.tolist()) == list(range(classes)) and "beyond this model's" in told.notes[0]
