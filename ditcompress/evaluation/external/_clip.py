@@ -56,7 +56,7 @@ class Clip:
 def load_clip(samples: Samples, name: str, *, texts: bool) -> Clip:
     """The model in the folder `name` of the weights folder: safetensors only, complete, in float32."""
     weights = pinned(samples, name)
-    transformers = library("transformers", "")
+    transformers = library("transformers", "transformers")
     local = {"local_files_only": True}
     model, info = transformers.CLIPModel.from_pretrained(
         str(weights.path), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local

@@ -27,7 +27,7 @@ def jackknife_interval(value: float, without: np.ndarray) -> tuple[float, float]
     """t interval of `value` from its values `without` one group of pairs each."""
     g = len(without)
     half = stats.t.ppf(0.975, g - 1) * math.sqrt((g - 1) / g * ((without - without.mean()) ** 2).sum())
-    return value - half, value + half
+    return float(value - half), float(value + half)
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:

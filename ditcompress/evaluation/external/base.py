@@ -3,7 +3,8 @@
 A metric module exports
 
     LABEL    what the table calls it
-    EXTRA    the extra of ditcompress that brings its library ("" where the required dependencies are enough)
+    EXTRA    the extra of ditcompress that brings its library ("" where the required dependencies are enough, or where
+             the library cannot be installed beside them and so has no extra)
     WEIGHTS  files and folders that it needs below the weights folder
     measure(samples) -> list[Measurement]
 
@@ -43,14 +44,13 @@ class Unavailable(Exception):
     """A metric that cannot be measured here; its text is the one-line reason."""
 
 
-def library(name: str, extra: str) -> ModuleType:
-    """The imported module, or Unavailable: a broken installation (torchvision beside another torch raises RuntimeError,
-    AttributeError...) is no different from a missing one."""
+def library(name: str, package: str) -> ModuleType:
+    """The imported module, or Unavailable with what to install: a broken installation (torchvision beside another torch
+    raises RuntimeError, AttributeError...) is no different from a missing one."""
     try:
         return importlib.import_module(name)
     except Exception as error:
-        how = f"pip install 'ditcompress[{extra}]'" if extra else f"pip install {name.partition('.')[0]}"
-        raise Unavailable(f"{name} cannot be imported ({first_line(error)}); {how}") from None
+        raise Unavailable(f"{name} cannot be imported ({first_line(error)}); pip install '{package}'") from None
 
 
 def first_line(error: BaseException) -> str:

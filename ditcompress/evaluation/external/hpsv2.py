@@ -3,7 +3,7 @@
 The model is built by hpsv2's own open_clip and given the local checkpoint. Its `score(..., cp=path)` is not used: it
 first fetches LAION's 4 GB of weights, only to overwrite them, and reads the checkpoint again for every prompt. The
 wheel of release 1.2.0 lacks open_clip's bpe_simple_vocab_16e6.txt.gz; until that is put beside its tokenizer.py the
-metric is skipped with that reason.
+metric is skipped with that reason. It wants protobuf below 4, so it has no extra here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._weights import pinned, plain_pickle
 from .base import Samples, Unavailable, library, prompts_of
 
 LABEL = "HPS v2.1"
-EXTRA = "hpsv2"
+EXTRA = ""
 WEIGHTS = ("hpsv2/HPS_v2.1_compressed.pt",)
 
 ARCHITECTURE = "ViT-H-14"
@@ -30,7 +30,7 @@ ARCHITECTURE = "ViT-H-14"
 def measure(samples: Samples) -> list[Measurement]:
     prompts = prompts_of(samples)
     weights = pinned(samples, WEIGHTS[0])
-    open_clip = library("hpsv2.src.open_clip", EXTRA)
+    open_clip = library("hpsv2.src.open_clip", "hpsv2")
     model, _, prepare = open_clip.create_model_and_transforms(
         ARCHITECTURE, pretrained=None, precision="fp32", device="cpu", light_augmentation=True, output_dict=True
     )  # `light_augmentation` picks the resizing that hpsv2 scores with

@@ -1,7 +1,7 @@
 """ImageReward (Xu et al. 2023): a reward model of human preference, through the ImageReward package.
 
-Its release 1.5 imports names that transformers 5 removed, so beside ditcompress's own transformers it is skipped with
-that reason until the package follows.
+Its release 1.5 imports names that transformers 5 removed, and OpenAI's clip, which it does not declare: beside
+ditcompress's own transformers it is skipped with that reason until the package follows, and has no extra.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._weights import pinned, plain_pickle
 from .base import Samples, library, prompts_of
 
 LABEL = "ImageReward"
-EXTRA = "image-reward"
+EXTRA = ""
 WEIGHTS = ("image_reward/ImageReward.pt", "image_reward/med_config.json", "image_reward/bert-base-uncased")
 
 
@@ -27,7 +27,7 @@ def measure(samples: Samples) -> list[Measurement]:
     prompts = prompts_of(samples)
     weights, config, _ = (pinned(samples, name) for name in WEIGHTS)
     plain_pickle(weights.path)  # the package calls torch.load as its torch sees fit; a plain file runs no code
-    package = library("ImageReward", EXTRA)
+    package = library("ImageReward", "image-reward")
     # The package asks for the tokenizer "bert-base-uncased" by that name alone, which is a folder where we stand.
     with contextlib.chdir(weights.path.parent):
         model: Any = package.load(name=str(weights.path), device=samples.device, med_config=str(config.path))

@@ -81,7 +81,7 @@ def _extractor(weights: Pinned, device: str) -> Any:
     """torch-fidelity reads its weights file with weights_only=False, so the file is read by us first: one that holds
     only tensors has no code to run whichever way it is read."""
     plain_pickle(weights.path)
-    inception = library("torch_fidelity.feature_extractor_inceptionv3", EXTRA)
+    inception = library("torch_fidelity.feature_extractor_inceptionv3", f"ditcompress[{EXTRA}]")
     name = "inception-v3-compat"
     extractor = inception.FeatureExtractorInceptionV3(
         name, list(LAYERS), feature_extractor_weights_path=str(weights.path)

@@ -42,7 +42,7 @@ def measure(samples: Samples) -> list[Measurement]:
 
 def _model(weights: Pinned) -> Any:
     """The package's model built without its trunk's weights (`pnet_rand`: no download), then given the local ones."""
-    model = library("lpips", EXTRA).LPIPS(net="alex", pnet_rand=True, verbose=False)
+    model = library("lpips", f"ditcompress[{EXTRA}]").LPIPS(net="alex", pnet_rand=True, verbose=False)
     given = load_state(weights.path)
     trunk = {}
     for key in model.net.state_dict():  # "slice2.3.weight" is torchvision's "features.3.weight"
