@@ -2,9 +2,10 @@
 
     python benchmarks/train_reference.py --out ditcompress/assets/digits
 
-Writes a diffusers pipeline folder (model_index.json, transformer/, scheduler/), classifier.safetensors and
-training.json. Needs the extra `train` (scikit-learn, which bundles the images). The same seed on the same machine,
-torch version and thread count gives the same files; elsewhere the figures agree, the bytes need not.
+Writes a diffusers pipeline folder (model_index.json, transformer/, scheduler/), classifier.safetensors,
+reference.safetensors (the digits themselves) and training.json. Needs the extra `train` (scikit-learn, which bundles
+the images). The same seed on the same machine, torch version and thread count gives the same files; elsewhere the
+figures agree, the bytes need not.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ def save(folder: Path, model: nn.Module, classifier: DigitClassifier) -> None:
         folder / "scheduler"
     )
     save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
+    images, labels = digits()  # the reference of the distribution metrics: sixteenths are exact in float16
+    save_file({"images": images.half(), "labels": labels.to(torch.uint8)}, folder / "reference.safetensors")
     write_json(folder / "model_index.json", MODEL_INDEX)
 
 

@@ -6,6 +6,7 @@ Data go to stdout; progress, notes and errors to stderr, so that a pipe sees onl
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,48 @@ class Terminal:
         self.notes.append(text)
         if not self.quiet:
             self.err.print(f"note: {printable(text, 300)}", markup=False, style="yellow")
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    """A number for people: two decimals, three significant digits below 1, a dash for None."""
+    if value is None:
+        return "–"
+    if digits is None:
+        small = 0 < abs(value) < 1
+        digits = min(6, 2 - math.floor(math.log10(abs(value)))) if small else 1 if abs(value) >= 1000 else 2
+        digits = 5 if 0.995 <= abs(value) < 1 else digits  # cosines
+    return f"{value:,.{digits}f}"
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: 1.23 MB."""
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def seconds(value: float | None) -> str:
+    """A duration for people: 12.3 ms."""
+    if value is None:
+        return "–"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} µs"
+
+
+def amount(value: float | None) -> str:
+    """A large count for people: 675.1 M."""
+    if value is None:
+        return "–"
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.0f}"
 
 
 def print_json(value: Any) -> None:

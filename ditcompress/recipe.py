@@ -44,6 +44,13 @@ class Calibration(_Strict):
     labels: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
 
+class Evaluation(_Strict):
+    """How a result of this recipe is judged: margins declared before anything is measured."""
+
+    profile: Literal["auto", "fidelity", "fidelity-latent", "quality"] = "auto"
+    margins: dict[str, float] = {}
+
+
 class Weight(BaseModel):
     """`format` names a module of `formats/`; the other keys are its parameters."""
 
@@ -105,6 +112,7 @@ class Recipe(_Strict):
     description: str = ""
     source: str = ""
     calibration: Calibration | None = None
+    evaluation: Evaluation = Evaluation()
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not evaluated, and why."""
+    """Something that was not evaluated, and why. `code` is set where the user asked for it and the input is at fault:
+    the command then ends with that code after everything else was reported."""
 
     name: str
     reason: str
+    code: str = ""
 
 
 @dataclass

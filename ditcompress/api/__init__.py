@@ -5,19 +5,23 @@ from __future__ import annotations
 from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .judge import demo, evaluate, parse_margins, report
-from .look import export, inspect
+from .look import explain, export, inspect
+from .runs import compare, sample
 
 __all__ = [
     "QuantizeResult",
     "calibrate",
     "calibration_plan",
     "check_recipe",
+    "compare",
     "demo",
     "evaluate",
+    "explain",
     "export",
     "inspect",
     "parse_margins",
     "quantize",
     "quantize_facts",
     "report",
+    "sample",
 ]

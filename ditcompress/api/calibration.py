@@ -124,34 +124,46 @@ def _calibrate(
     return statistics
 
 
+def read_prompts(path: str | Path | None = None) -> list[str]:
+    """Prompts of a text file, one a line, `#` for comments; the package's own without one. E330 for none."""
+    file = Path(path) if path else data_folder("calib_data") / "prompts.txt"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitcompressError("E330", file, f"cannot be read ({type(error).__name__})", "give a text file") from None
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not found:
+        raise DitcompressError("E330", file, "holds no prompt", "write one prompt a line")
+    return found
+
+
 def conditions_for(
     checkpoint: Any, adapter: Any, settings: CalibrationSettings, file: str | Path | None, reporter: Reporter
 ) -> Conditions:
-    lines = (data_folder("calib_data") / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    prompts = [line for line in lines if line and not line.startswith("#")]
     return get_conditions(
         checkpoint,
         adapter,
         settings.samples,
         settings.seed,
         file=Path(file) if file else None,
-        prompts=prompts,
+        prompts=read_prompts(),
         labels=settings.labels,
         reporter=reporter,
     )
 
 
-def cache_folder() -> Path:
-    """Where statistics are kept between runs; a temporary folder where the home folder cannot be written."""
+def cache_folder(kind: str = "statistics") -> Path:
+    """Where statistics and trained extractors are kept between runs; a temporary folder where the home folder cannot
+    be written."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = base / "ditcompress" / "statistics"
+    folder = base / "ditcompress" / kind
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
-    folder = Path(tempfile.gettempdir()) / f"ditcompress-{os.getuid()}" / "statistics"
+    folder = Path(tempfile.gettempdir()) / f"ditcompress-{os.getuid()}" / kind
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

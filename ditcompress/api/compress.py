@@ -25,6 +25,7 @@ from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
+from ..evaluation.verdict import margins_of
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for
 from ..models.base import Layout
@@ -251,3 +252,5 @@ def check_recipe(recipe: Recipe) -> None:
                 )
             )
     check_plan(Plan(tuple(layers)))
+    judged = recipe.evaluation
+    margins_of(judged.profile if judged.profile != "auto" else "fidelity", judged.margins)

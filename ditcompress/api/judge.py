@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint.reader import open_checkpoint
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation import compare
 from ..evaluation.digits import digits_folder
+from ..evaluation.quality import Sources
 from ..evaluation.settings import EvaluateSettings
-from ..recipe import data_folder
+from ..recipe import parse_recipe
 from ..report.html import read_report, render, write_report
-from .calibration import pick_device, pick_dtype
+from .calibration import cache_folder, pick_device, pick_dtype, read_prompts
 from .compress import quantize
 
 
@@ -41,6 +44,9 @@ def evaluate(
     *,
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
+    prompts: str | Path | None = None,
+    reference: str | Path | None = None,
+    weights: str | Path | None = None,
     overwrite: bool = False,
     command: str = "",
     device: str = "auto",
@@ -50,15 +56,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare two checkpoints; with `out` also write report.html and report.json there. Returns the report's JSON.
 
-    `settings` are fields of EvaluateSettings. With `out`, an interrupted run keeps its finished images.
+    `settings` are fields of EvaluateSettings; `reference` are real images (folder, .npz, .safetensors), `weights` a
+    folder of local weights for extractors and external metrics. Profile and margins that are not given are those of
+    the recipe. With `out`, an interrupted run keeps its finished images.
     """
     pick_dtype(dtype)
-    asked = EvaluateSettings(device=str(pick_device(device)), dtype=dtype, **settings)
-    lines = (data_folder("calib_data") / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    asked = EvaluateSettings(device=str(pick_device(device)), dtype=dtype, **_declared(Path(compressed), settings))
     options: dict[str, Any] = {
         "scheduler": Path(scheduler) if scheduler else None,
         "conditions": Path(conditions) if conditions else None,
-        "prompts": [line for line in lines if line and not line.startswith("#")],
+        "prompts": read_prompts(prompts),
+        "sources": Sources(
+            Path(reference) if reference else None, Path(weights) if weights else None, cache_folder("extractors")
+        ),
         "command": command,
         "reporter": reporter or Silent(),
     }
@@ -74,16 +84,25 @@ def evaluate(
     return result
 
 
+def _declared(compressed: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the profile and margins that the recipe declared, where none were given. What was given wins."""
+    if settings.get("profile", "auto") != "auto":
+        return settings
+    try:
+        text = (open_checkpoint(compressed).folder / "recipe.json").read_text(encoding="utf-8")
+        declared = parse_recipe(json.loads(text), "recipe.json").evaluation
+    except (OSError, ValueError, DitcompressError):
+        return settings  # not ours, or from another version: the usual margins hold
+    margins = {**declared.margins, **settings.get("margins", {})}
+    return {**settings, "profile": declared.profile, "margins": margins}
+
+
 def _marks(original: Path, compressed: Path, settings: EvaluateSettings, options: dict[str, Any]) -> dict[str, Any]:
     """What the images of an evaluation depend on."""
-    from dataclasses import asdict
-
-    from ..checkpoint.reader import open_checkpoint
-
     return {
         "original": open_checkpoint(original).fingerprint,
         "compressed": open_checkpoint(compressed).fingerprint,
-        "settings": {**asdict(settings), "margins": dict(settings.margins)},
+        "settings": settings.images_key(),
         "conditions": str(options["conditions"]),
         "scheduler": str(options["scheduler"]),
         "torch": torch.__version__,
@@ -113,4 +132,5 @@ def demo(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "overwrite": True, "reporter": reporter}
     made = quantize(original, recipe, out / f"digits-{Path(recipe).stem}", seed=seed, **options)
     assert made.path is not None
-    return evaluate(original, made.path, out / "report", pairs=320, guidance=1.5, command="ditcompress demo", **options)
+    settings: dict[str, Any] = {"pairs": 320, "images": 512, "guidance": 1.5}
+    return evaluate(original, made.path, out / "report", command="ditcompress demo", **settings, **options)

@@ -12,6 +12,7 @@ from ..errors import DitcompressError
 from ..exporters import registry as exporters
 from ..loading import meta_model, open_model
 from ..models import account, adapter_for, build_meta
+from ..registry import nearest
 from ..runtime.linear import PackedLinear
 from .calibration import pick_dtype
 
@@ -119,6 +120,40 @@ def export(
         (partial / target.name).replace(target)
     _remove_folder(target.with_name(f".{target.name}.export"))
     return {**facts, "out": str(target)}
+
+
+def explain(name: str) -> dict[str, Any]:
+    """The docstring and parameters of anything registered, or (for the plural of a kind) everything of that kind.
+    E201 for a name that nothing has."""
+    from ..evaluation import distribution, external, extractors, layouts, metrics
+    from ..formats.base import registry as formats
+    from ..quantization.base import registry as steps
+
+    kinds = {
+        "steps": steps, "formats": formats, "metrics": metrics.registry, "distributions": distribution.registry,
+        "external": external.registry, "extractors": extractors.registry, "layouts": layouts.registry,
+        "exporters": exporters,
+    }  # fmt: skip
+    if name in kinds:
+        rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}
+        return {"kind": name, "names": rows}
+    registry = next((r for r in kinds.values() if name in r.names()), None)
+    if registry is None:
+        known = [*kinds, *(n for r in kinds.values() for n in r.names())]
+        raise DitcompressError("E201", name, "is no step, format, metric or extractor", nearest(name, known))
+    module = registry.get(name)
+    params = getattr(module, "Params", None)
+    return {
+        "name": name,
+        "kind": registry.kind,
+        "text": (module.__doc__ or "").strip(),
+        "parameters": {key: str(f.default) for key, f in params.model_fields.items()} if params else {},
+        "about": (params.__doc__ or "").strip() if params else "",
+    }
+
+
+def _first_line(module: Any) -> str:
+    return (module.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
 
 
 def _remove_folder(folder: Path) -> None:

@@ -23,35 +23,48 @@ from ..errors import DitcompressError
 from ..registry import nearest
 
 NULL = "null."
+MOST_RANDOM = 64  # distinct random embeddings: those of a text model take megabytes each
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Forward arguments by name, samples first; `null` those of the unconditional branch or None; `source` in words."""
+    """Forward arguments by name, distinct conditions first; `null` those of the unconditional branch or None; `source`
+    in words. `images` images use them in turn (0: one each), so that memory does not grow with the images."""
 
     cond: Mapping[str, Tensor]
     null: Mapping[str, Tensor] | None
     source: str
+    images: int = 0
+    prompts: tuple[str, ...] = ()  # the texts of the distinct conditions, where they are known
 
     @property
-    def count(self) -> int:
+    def distinct(self) -> int:
         return len(next(iter(self.cond.values())))
 
     @property
+    def count(self) -> int:
+        return self.images or self.distinct
+
+    @property
     def labels(self) -> Tensor | None:
-        """Class labels (n,) of a class-conditional model."""
-        return self.cond.get("class_labels")
+        """Class labels (count,) of a class-conditional model."""
+        labels = self.cond.get("class_labels")
+        return None if labels is None else labels[torch.arange(self.count) % self.distinct]
+
+    def texts(self, count: int) -> tuple[str, ...] | None:
+        """The prompts of the first `count` images; None where they are not known."""
+        return tuple(self.prompts[i % len(self.prompts)] for i in range(count)) if self.prompts else None
 
     def take(self, indices: Sequence[int]) -> Conditions:
         """The conditions of some images."""
-        index = torch.as_tensor(list(indices))
+        index = torch.as_tensor(list(indices)) % self.distinct
         null = None if self.null is None else {name: tensor[index] for name, tensor in self.null.items()}
         return Conditions({name: tensor[index] for name, tensor in self.cond.items()}, null, self.source)
 
     @property
     def digest(self) -> str:
         """sha256 over names, shapes and bytes of both branches."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.count).encode())
         branches = {"cond": self.cond, "null": self.null or {}}
         for branch, tensors in branches.items():
             for name, tensor in sorted(tensors.items()):
@@ -97,9 +110,9 @@ def get_conditions(
         if has_text_encoder(source.pipeline):
             return from_pipeline(source.pipeline, prompts, count)
     generator = torch.Generator().manual_seed(seed)
-    cond = adapter.random_conditions(config, count, generator)
+    cond = adapter.random_conditions(config, min(count, MOST_RANDOM), generator)
     reporter.note("no text encoder and no --conditions file: seeded random embeddings are used, figures are rough")
-    return Conditions(cond, adapter.null_conditions(config, cond), f"random embeddings, seed {seed}")
+    return Conditions(cond, adapter.null_conditions(config, cond), f"random embeddings, seed {seed}", count)
 
 
 def class_labels(classes: int, count: int, seed: int, labels: Sequence[int] | None = None) -> Tensor:
@@ -136,11 +149,10 @@ def from_file(path: Path, count: int, config: Mapping[str, Any]) -> Conditions:
             )
     if null and set(null) != set(cond):
         raise DitcompressError("E330", path, "the null branch has other names", "give every argument under null. too")
-    index = torch.arange(count) % length
-    null = {name: t.expand(length, *t.shape[1:])[index] for name, t in null.items()}
-    return Conditions(
-        {n: t[index] for n, t in cond.items()}, null or None, f"{length} conditions from {Path(path).name}"
-    )
+    used = min(count, length)
+    null = {name: t.expand(length, *t.shape[1:])[:used] for name, t in null.items()}
+    said = f"{length} conditions from {Path(path).name}"
+    return Conditions({n: t[:used] for n, t in cond.items()}, null or None, said, count)
 
 
 def _check_names(path: Path, names: Sequence[str], config: Mapping[str, Any]) -> None:

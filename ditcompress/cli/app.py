@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import print_error, print_text
-from . import compress, evaluate, inspect, recipes
+from . import compare, compress, evaluate, inspect, recipes
 
 app = typer.Typer(
     name="ditcompress",
@@ -24,6 +24,8 @@ app.command("demo")(evaluate.demo)
 app.command("calibrate")(compress.calibrate)
 app.command("quantize")(compress.quantize)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("sample")(compare.sample)
 app.command("inspect")(inspect.inspect)
 app.command("export")(compress.export)
 app.command("report")(evaluate.report)

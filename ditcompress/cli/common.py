@@ -121,15 +121,6 @@ def hush() -> None:
         logging.captureWarnings(True)
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.23 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
     """`value` as JSON, or what `show` prints."""
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import print_table, print_text
+from ..console import print_table, print_text, size
 from . import common
 from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed, Set
 
@@ -113,13 +113,12 @@ def _show_result(result: QuantizeResult, recipe: str) -> None:
         entry[0] += 1
         entry[1] += record.shape[0] * record.shape[1]
         entry[2] += record.stored_bytes
-    rows = [[role, int(n), f"{int(w):,}", f"{8 * b / w:.2f}", common.size(b)] for role, (n, w, b) in by_role.items()]
+    rows = [[role, int(n), f"{int(w):,}", f"{8 * b / w:.2f}", size(b)] for role, (n, w, b) in by_role.items()]
     rows.append(["all quantized", len(result.records), "", f"{result.bits:.2f}", ""])
     print_table(f"quantized with {recipe}", ["role", "linears", "weights", "bits", "stored"], rows)
     ratio = result.original_bytes / max(result.bytes, 1)
     print_text(
-        f"{common.size(result.original_bytes)} -> {common.size(result.bytes)} ({ratio:.2f}x smaller), "
-        f"written to {result.path}"
+        f"{size(result.original_bytes)} -> {size(result.bytes)} ({ratio:.2f}x smaller), written to {result.path}"
     )
     print_text("load it: import ditcompress; then plain diffusers from_pretrained")
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import print_table, print_text
+from ..console import number, print_error, print_table, print_text, size
+from ..errors import CODES
 from . import common
 from .common import Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
 
@@ -20,19 +21,27 @@ def evaluate(
     compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", help="What compression made of it.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and report.json.")] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Same-noise pairs of images.")] = 320,
+    images: Annotated[int | None, typer.Option(min=2, help="Images for T4 (default: 1000, 10000 on a GPU).")] = None,
     inputs: Annotated[int, typer.Option(min=8, help="Held-out inputs of the denoiser probe.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the family's).")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="64 pairs.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="1000 pairs.")] = False,
-    profile: Annotated[str, typer.Option(help="auto, fidelity or fidelity-latent.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="64 pairs, no distribution metrics.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="1000 pairs, fresh-noise floor for T4.")] = False,
+    profile: Annotated[str, typer.Option(help="auto (the recipe's), fidelity, fidelity-latent or quality.")] = "auto",
     margin: Annotated[list[str] | None, typer.Option(help="Replace a margin: name=value (repeatable).")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 8 on FAIL, 9 on INCONCLUSIVE.")] = False,
-    classifier: Annotated[str, typer.Option(help="auto, digits, none or module:function.")] = "auto",
+    reference: Annotated[Path | None, typer.Option(help="Real images: folder, .npz or .safetensors.")] = None,
+    extractor: Annotated[str, typer.Option(help="auto, none, or NAME[:ARG]; see `explain extractors`.")] = "auto",
+    extractor_floor: Annotated[float, typer.Option(help="Least held-out accuracy of an extractor.")] = 0.9,
+    classifier: Annotated[str, typer.Option(help="auto, none or module:function.")] = "auto",
+    external: Annotated[list[str] | None, typer.Option(help="External metric to run, or all (repeatable).")] = None,
+    weights_dir: Annotated[Path | None, typer.Option(help="Local weights, pinned in its SHA256SUMS.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    cost_batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size to time (repeatable).")] = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
     seed: Seed = 1_000_003,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=0, help="Images at a time (0: by their size).")] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     dry_run: DryRun = False,
@@ -46,20 +55,33 @@ def evaluate(
         from .. import api
 
         options: dict[str, Any] = {
-            "pairs": 64 if quick else 1000 if full else pairs, "inputs": inputs, "steps": steps, "guidance": guidance,
-            "profile": profile, "margins": api.parse_margins(margin or []), "classifier": classifier, "seed": seed,
-            "batch": batch, "dtype": dtype, "device": device,
+            "pairs": 64 if quick else 1000 if full else pairs, "images": images, "fresh": full, "inputs": inputs,
+            "steps": steps, "guidance": guidance, "profile": profile, "margins": api.parse_margins(margin or []),
+            "extractor": "none" if quick and extractor == "auto" else extractor, "extractor_floor": extractor_floor,
+            "classifier": classifier, "external": tuple(external or ()), "seed": seed, "batch": batch, "dtype": dtype,
+            "device": device, "cost_batches": tuple(cost_batch or (1, 8)),
         }  # fmt: skip
         if dry_run:
             common.emit(as_json, options, lambda: print_table("would evaluate", ["what", "value"], [*options.items()]))
             return
         result = api.evaluate(
-            original, compressed, out, conditions=conditions, scheduler=scheduler, overwrite=overwrite,
-            command=command_line(), reporter=common.reporter(quiet, as_json), **options,
+            original, compressed, out, conditions=conditions, scheduler=scheduler, prompts=prompts,
+            reference=reference, weights=weights_dir, overwrite=overwrite, command=command_line(),
+            reporter=common.reporter(quiet, as_json), **options,
         )  # fmt: skip
         common.emit(as_json, result, lambda: show(result, out))
-        if gate:
-            raise typer.Exit(EXIT[result["verdict"]])
+        leave(result, gate)
+
+
+def leave(result: dict[str, Any], gate: bool) -> None:
+    """The exit code: the gate's, else that of the first thing that was asked for and could not be measured."""
+    failed = [s for s in result["skipped"] if s["code"]]
+    for s in failed:
+        print_error(f"error[{s['code']} {CODES[s['code']]}]: {s['name']}: {s['reason']}.")
+    if gate and EXIT[result["verdict"]]:
+        raise typer.Exit(EXIT[result["verdict"]])
+    if failed:
+        raise typer.Exit(int(failed[0]["code"][1]))
 
 
 def command_line() -> str:
@@ -67,32 +89,43 @@ def command_line() -> str:
     return " ".join(["ditcompress", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
-def _number(value: float | None, identical: bool = False) -> str:
-    return "identical" if identical else "-" if value is None else f"{value:.2f}"
+# what a terminal shows, by short names; the report has every row
+SHOWN = {
+    "sqnr_weighted": "SQNR, weighted", "sqnr_worst": "SQNR, worst t", "psnr": "PSNR, median", "psnr_p05": "PSNR, 5 %",
+    "psnr_worst": "PSNR, worst", "ssim": "SSIM", "pairs_under_15": "pairs < 15 dB", "fd_original": "FD to original",
+    "fd_reference": "FD to reference Δ", "mmd_original": "MMD to original", "recall": "recall Δ",
+    "coverage": "coverage Δ", "class_accuracy": "class accuracy Δ", "label_flips": "class changed",
+}  # fmt: skip
 
 
 def show(result: dict[str, Any], out: Path | None) -> None:
-    """The verdict, the sizes and the main table."""
-    sizes = result["sizes"]
-    print_text("")
-    print_text(f"{result['verdict']} ({result['profile']})")
+    """The verdict, the sizes and the main table, in about thirty lines."""
+    sizes, speed = result["sizes"], result["speed"]
     bits = sizes["bits_per_quantized_weight"]
     stored = "" if bits is None else f", {bits:.2f} stored bits per quantized weight"
+    faster = f"{speed['ratio']:.2f}x as fast" if speed["ratio"] >= 1 else f"{1 / speed['ratio']:.1f}x slower"
+    print_text(f"\n{result['verdict']} ({result['profile']})")
     print_text(
-        f"{common.size(sizes['original']['disk_bytes'])} -> {common.size(sizes['compressed']['disk_bytes'])} on disk "
-        f"({sizes['ratio']:.2f}x){stored}"
+        f"{size(sizes['original']['disk_bytes'])} -> {size(sizes['compressed']['disk_bytes'])} on disk "
+        f"({sizes['ratio']:.2f}x){stored}; one forward {faster} on {speed['device']}"
     )
     rows = []
     for m in result["measurements"]:
-        interval = "" if m["low"] is None or m["identical"] else f"{m['low']:.2f} .. {m['high']:.2f}"
-        rows.append([m["label"], _number(m["value"], m["identical"]), m["unit"], interval, m["n"], m["gate"]])
-    print_table("compressed against original", ["metric", "value", "unit", "95 % interval", "n", "gate"], rows)
-    for check in result["integrity"]:
-        mark = {True: "ok", False: "FAILED", None: "not checked"}[check["passed"]]
-        print_text(f"{check['name']}: {mark} ({check['detail']})")
+        if m["name"] in SHOWN or m["gate"] or m["tier"] == "T5":
+            interval = "" if m["low"] is None or m["identical"] else f"{number(m['low'])} .. {number(m['high'])}"
+            value = "identical" if m["identical"] else number(m["value"])
+            floor = "" if m["floor"] is None else number(m["floor"])
+            rows.append([SHOWN.get(m["name"], m["label"]), value, m["unit"], interval, m["n"], floor, m["gate"]])
+    columns = ["metric", "value", "unit", "95 % interval", "n", "floor", "gate"]
+    print_table("compressed against original", columns, rows)
+    bad = [c for c in result["integrity"] if c["passed"] is not True]
+    print_text(f"integrity: {len(result['integrity']) - len(bad)} of {len(result['integrity'])} checks ok")
+    for check in bad:
+        print_text(f"{check['name']}: {'FAILED' if check['passed'] is False else 'not checked'} ({check['detail']})")
     notes = [f"{m['label']}: {m['note']}" for m in result["measurements"] if m["gate"] == "INCONCLUSIVE"]
-    if result["speed"].get("warning"):
-        notes.append(result["speed"]["warning"])
+    notes += [r for r in result["remarks"] if not r.startswith("conditions: class labels")]
+    notes += [speed["warning"]] if speed.get("warning") else []
+    notes += [f"not evaluated: {s['name']}: {s['reason']}" for s in result["skipped"] if not s["code"]]
     for note in notes:
         print_text(f"note: {note}")
     if out is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import print_table, print_text
+from ..console import print_table, print_text, size
 from . import common
 from .common import Checkpoint, Debug, Device, Dtype, Json, Quiet, Seed
 
@@ -35,7 +35,7 @@ def _show(facts: dict[str, Any], layers: bool) -> None:
         ["adapter", facts["adapter"]],
         ["blocks", ", ".join(f"{n} x {name}" for name, n in facts["blocks"].items())],
         ["parameters", f"{facts['parameters']:,}"],
-        ["tensor bytes", common.size(facts["bytes"])],
+        ["tensor bytes", size(facts["bytes"])],
     ]
     if facts["recipe"]:
         head.append(["compressed with", facts["recipe"]])
@@ -47,7 +47,7 @@ def _show(facts: dict[str, Any], layers: bool) -> None:
             r["tensors"],
             f"{r['parameters']:,}",
             f"{100 * r['share']:.1f} %",
-            common.size(r["bytes"]),
+            size(r["bytes"]),
             f"{r['bits']:.2f}",
         ]
         for r in facts["roles"]

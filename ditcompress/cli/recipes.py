@@ -77,7 +77,7 @@ def validate(
 
 
 def explain(
-    name: Annotated[str, typer.Argument(help="Name of a quantization step or a number format.")],
+    name: Annotated[str, typer.Argument(help="A step, format, metric or extractor; or a kind: extractors.")],
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -85,32 +85,19 @@ def explain(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """What a step or a format does, and its parameters."""
+    """What a step, format, metric or extractor does, and its parameters; for a kind, everything of that kind."""
     with common.command(as_json, debug):
-        from ..errors import DitcompressError
-        from ..formats.base import registry as formats
-        from ..quantization.base import registry as steps
-        from ..registry import nearest
+        from .. import api
 
-        found = [registry for registry in (steps, formats) if name in registry.names()]
-        if not found:
-            raise DitcompressError(
-                "E201", name, "is neither a step nor a format", nearest(name, [*steps.names(), *formats.names()])
-            )
-        module = found[0].get(name)
-        fields: dict[str, Any] = module.Params.model_fields
-        params = {key: str(field.default) for key, field in fields.items()}
-        value = {
-            "name": name,
-            "kind": found[0].kind,
-            "text": module.__doc__,
-            "parameters": params,
-            "about": module.Params.__doc__,
-        }
+        facts = api.explain(name)
+        common.emit(as_json, facts, lambda: _explained(facts))
 
-        def text() -> None:
-            print_text(f"{name} ({found[0].kind})\n\n{(module.__doc__ or '').strip()}\n")
-            print_text((module.Params.__doc__ or "").strip())
-            print_table("parameters", ["name", "default"], [*params.items()])
 
-        common.emit(as_json, value, text)
+def _explained(facts: dict[str, Any]) -> None:
+    if "names" in facts:
+        print_table(facts["kind"], ["name", "what"], [*facts["names"].items()])
+        return
+    print_text(f"{facts['name']} ({facts['kind']})\n\n{facts['text']}\n")
+    if facts["parameters"]:
+        print_text(facts["about"])
+        print_table("parameters", ["name", "default"], [*facts["parameters"].items()])

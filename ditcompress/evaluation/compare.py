@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ from torch import Tensor
 
 from .. import __version__
 from ..console import Reporter, Silent
-from ..result import Result, Skipped
-from . import accuracy, cost, denoiser, integrity, layers, paired
+from ..result import Measurement, Result
+from . import cost, denoiser, integrity, latency, layers, paired
+from .quality import Findings, Sources, find_tools, measure_quality
+from .sampling import image_sets
 from .settings import EvaluateSettings
 from .subject import Subject, open_subject
-from .verdict import decide, margins_of
+from .verdict import decide, margins_of, missing_gates, moved
 
 
 @dataclass(frozen=True)
@@ -36,84 +41,81 @@ def evaluate(
     scheduler: Path | None = None,
     conditions: Path | None = None,
     prompts: list[str] | None = None,
+    sources: Sources | None = None,
     work: Path | None = None,
     command: str = "",
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Compare `compressed` with `original`. Raises E340 where they are not versions of one model, E203 for a profile or
-    margin that is not known; a metric that cannot run is listed as skipped with its reason."""
+    margin that is not known; a metric that cannot run is listed as skipped with its reason.
+
+    Images are kept in `work`, so that an interrupted run continues; without it they live in a temporary folder.
+    """
     settings, reporter = settings or EvaluateSettings(), reporter or Silent()
     subject = open_subject(
         original, compressed, settings, scheduler=scheduler, conditions=conditions, prompts=prompts, reporter=reporter
     )
-    profile = ("fidelity" if subject.pixels else "fidelity-latent") if settings.profile == "auto" else settings.profile
+    place: AbstractContextManager[Any] = tempfile.TemporaryDirectory() if work is None else nullcontext(work)
+    with place as folder:
+        return judge(subject, Path(folder), sources or Sources(), command=command, reporter=reporter)
+
+
+def named_profile(settings: EvaluateSettings, pixels: bool) -> str:
+    return settings.profile if settings.profile != "auto" else "fidelity" if pixels else "fidelity-latent"
+
+
+def judge(subject: Subject, folder: Path, sources: Sources, *, command: str, reporter: Reporter) -> Evaluation:
+    """All tiers on two loaded models; images go to `folder`."""
+    settings = subject.settings
+    profile = named_profile(settings, subject.pixels)
     margins = margins_of(profile, settings.margins)
+    fresh = integrity.fresh_processes(subject) if settings.fresh_process else {}
     found_layers = layers.compare_layers(subject)
     probes = denoiser.probe(subject, reporter)
-    pairs = paired.make_pairs(subject, work, reporter)
-    values = paired.per_pair(pairs)
-    rows = denoiser.measurements(probes, settings.seed)
-    rows += paired.measurements(pairs, values, "" if subject.pixels else "latents, not images")
-    skipped, extra = _class_rows(subject, pairs, rows)
-    finite = bool(np.isfinite(pairs.compressed.numpy()).all()) and all(
-        np.isfinite(p.noise).all() for p in probes.values()
-    )
-    found_checks = integrity.checks(subject, found_layers, finite)
-    verdict, rows = decide(rows, margins, integrity.broken(found_checks))
+    tools = find_tools(subject, sources, reporter)
+    count = max(settings.pairs, settings.image_count if tools.extractor is not None else 0)
+    sets = image_sets(subject, folder, count, settings.fresh, reporter)
+    peak = paired.data_range(sets["original"], subject.makes_images)
+    pairs = paired.Pairs(sets["original"], sets["compressed"], peak, settings.pairs)
+    values = paired.compare_pairs(pairs)
+    rows = denoiser.measurements(probes, settings.seed) + paired.measurements(values, subject.images_kind)
+    quality = measure_quality(subject, sets, tools, sources, reporter)
+    rows += quality.rows
+    finite = values.finite and all(np.isfinite(p.noise).all() for p in probes.values())
+    checks = integrity.checks(subject, found_layers, finite, fresh)
+    verdict, rows = decide(rows, margins, integrity.broken(checks))
     result = Result(
         verdict=verdict,
         profile=profile,
         measurements=rows,
-        sizes=cost.sizes(subject, found_layers),
-        integrity=integrity.to_json(found_checks),
+        sizes=cost.sizes(subject, found_layers, fresh),
+        integrity=integrity.to_json(checks),
         layers=[asdict(layer) for layer in found_layers],
         timesteps=denoiser.curve(probes),
-        pairs={**paired.summary(values, subject.conditions), **extra},
-        speed=cost.speed(subject),
-        skipped=skipped,
-        provenance=provenance(subject, command),
-        remarks=remarks(subject),
+        pairs={**paired.summary(values.values, subject.conditions), **quality.extra},
+        speed=latency.speed(subject),
+        skipped=quality.skipped,
+        provenance=provenance(subject, command, quality),
+        remarks=remarks(subject, rows, missing_gates(rows, margins)),
     )
-    return Evaluation(result, shown_images(pairs, values["psnr"], settings))
+    return Evaluation(result, paired.shown_images(subject, pairs, values.values["psnr"]))
 
 
-def _class_rows(subject: Subject, pairs: paired.Pairs, rows: list[Any]) -> tuple[list[Skipped], dict[str, Any]]:
-    """Adds the accuracy rows to `rows`; what was skipped, and the per-class table."""
-    skipped = [
-        Skipped("distribution metrics (Fréchet distance, MMD, recall)", "not part of this release"),
-        Skipped("external metrics (Inception FID, LPIPS, CLIPScore)", "not part of this release"),
-    ]
-    found = accuracy.find_classifier(subject)
-    if found is None or subject.conditions.labels is None:
-        skipped.insert(0, Skipped("class accuracy", "no classifier for this model: give --classifier module:function"))
-        return skipped, {}
-    classifier, name = found
-    rows += accuracy.measurements(subject, pairs, classifier, name)
-    return skipped, {"per_class": accuracy.per_class(subject, pairs, classifier)}
-
-
-def shown_images(pairs: paired.Pairs, psnr: np.ndarray, settings: EvaluateSettings) -> dict[str, list[Any]]:
-    """Seeded-random and worst pairs."""
-    chosen = paired.chosen_images(pairs, psnr, settings.shown, settings.seed)
-    return {
-        kind: [(index, pairs.original[index], pairs.compressed[index]) for index in indices]
-        for kind, indices in chosen.items()
-    }
-
-
-def remarks(subject: Subject) -> list[str]:
+def remarks(subject: Subject, rows: Sequence[Measurement], missing: Sequence[str]) -> list[str]:
     """Sentences that must stand beside the numbers."""
     notes = [f"conditions: {subject.conditions.source}"]
     if not subject.pixels:
-        notes.append("paired figures are of latents: no absolute PSNR is gated for latent models")
+        notes.append("no absolute PSNR is gated for latent models")
+    if missing:
+        notes.append(f"gated but not measured: {', '.join(missing)}")
+    notes += filter(None, [moved(rows)])
     return notes
 
 
-def provenance(subject: Subject, command: str) -> dict[str, Any]:
-    """Everything needed to repeat the run; no paths outside the two names given."""
+def provenance(subject: Subject, command: str, quality: Findings) -> dict[str, Any]:
+    """Everything needed to repeat the run; no paths outside the names given."""
     import diffusers
 
-    settings = asdict(subject.settings)
     return {
         "command": command,
         "original": {"name": subject.source.path.name, "fingerprint": subject.source.fingerprint},
@@ -122,7 +124,10 @@ def provenance(subject: Subject, command: str) -> dict[str, Any]:
         "recipe": (subject.result.quantization or {}).get("recipe", ""),
         "scheduler": {"class": type(subject.scheduler).__name__, "config": scheduler_config(subject.scheduler)},
         "guidance": subject.guidance,
-        "settings": {**settings, "margins": dict(subject.settings.margins)},
+        "conditions": {"source": subject.conditions.source, "sha256": subject.conditions.digest},
+        "batch": subject.sampling().batch,
+        "settings": subject.settings.to_json(),
+        **quality.provenance,
         "threads": torch.get_num_threads(),
         "versions": {
             "ditcompress": __version__,

@@ -1,22 +1,19 @@
-"""What each model costs: bytes on disk, stored bits, parameters, memory of the weights, time of one forward pass."""
+"""What each model costs: bytes on disk, stored bits, parameters, operations, memory."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..calibration.trajectory import prepare
 from ..checkpoint.reader import Checkpoint
 from ..runtime.linear import PackedLinear
+from .integrity import Fresh
 from .layers import LayerOutput
 from .subject import Subject
-
-REPEATS = 5
-BATCH = 8
 
 
 def disk_bytes(checkpoint: Checkpoint) -> int:
@@ -41,8 +38,9 @@ def tensor_bytes(checkpoint: Checkpoint) -> int:
     return sum(entry.stop - entry.start for entry in checkpoint.tensors.values())
 
 
-def sizes(subject: Subject, layers: list[LayerOutput]) -> dict[str, Any]:
-    """Sizes of both models; bits are counted from what is stored, block bytes from the headers."""
+def sizes(subject: Subject, layers: list[LayerOutput], fresh: Mapping[str, Fresh]) -> dict[str, Any]:
+    """Sizes of both models; bits are counted from what is stored, block bytes from the headers, operations from a
+    forward pass of one image, memory by processes of their own (load and one forward pass, imports not counted)."""
     rows: dict[str, Any] = {}
     blocks = tuple(b + "." for b in subject.adapter.layout(subject.original).blocks)
     for key, checkpoint, model in (
@@ -56,6 +54,10 @@ def sizes(subject: Subject, layers: list[LayerOutput]) -> dict[str, Any]:
             "block_bytes": sum(e.stop - e.start for n, e in entries if n.startswith(blocks)),
             "resident_bytes": resident_bytes(model),
             "parameters": logical_parameters(model),
+            "active_parameters": logical_parameters(model),
+            "flops": forward_flops(subject, model),
+            "loaded_bytes": fresh[key].resident if key in fresh else None,
+            "peak_bytes": fresh[key].peak if key in fresh else None,
         }
     quantized = sum(layer.weights for layer in layers)
     stored = sum(layer.weights * layer.bits for layer in layers)
@@ -72,40 +74,45 @@ def sizes(subject: Subject, layers: list[LayerOutput]) -> dict[str, Any]:
     return rows
 
 
-def _forward(subject: Subject, model: nn.Module) -> Callable[[], None]:
-    index = torch.arange(min(BATCH, subject.conditions.count))
+# what FlopCounterMode calls the products of linears: they are counted by hooks, so that packed ones count alike
+_LINEAR_OPS = ("mm", "addmm", "_int_mm", "linear")
+
+
+def forward_flops(subject: Subject, model: nn.Module) -> int:
+    """Floating or integer operations of one forward pass for one image: two for each multiply and add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = 0
+
+    def linear(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal counted
+        rows = output.numel() // output.shape[-1]
+        rank = module.scheme.rank if isinstance(module, PackedLinear) else 0
+        wide, high = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+        counted += 2 * rows * (wide * high + rank * (wide + high))
+
+    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+    handles = [module.register_forward_hook(linear) for module in linears]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            one_forward(subject, model, 1)()
+    finally:
+        for handle in handles:
+            handle.remove()
+    others = counter.get_flop_counts().get("Global", {})
+    return counted + sum(n for op, n in others.items() if str(op).rpartition(".")[2] not in _LINEAR_OPS)
+
+
+def one_forward(subject: Subject, model: nn.Module, batch: int) -> Callable[[], None]:
+    """A forward pass on random latents of the middle of the trajectory, conditions in turn."""
+    index = torch.arange(batch) % subject.conditions.count
     shape = subject.adapter.latent_shape(subject.config)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(len(index), *shape, generator=generator).to(subject.settings.device)
-    scheduler_time = torch.full((len(index),), 500.0 if subject.scheduler.config.get("num_train_timesteps") else 0.5)
-    return lambda: void(subject.predict(model, latents, scheduler_time, index, False))
+    latents = torch.randn(batch, *shape, generator=generator).to(subject.settings.device)
+    sampler = prepare(subject.scheduler, subject.settings.steps, subject.adapter, subject.config)
+    timestep = torch.as_tensor(sampler.timesteps[len(sampler.timesteps) // 2]).expand(batch)
+    return lambda: void(subject.predict(model, latents, timestep, index, False))
 
 
 def void(_: Any) -> None:
     return None
-
-
-def speed(subject: Subject) -> dict[str, Any]:
-    """Seconds of one forward pass of both models, in turns; the ratio is original over compressed."""
-    runs = {"original": _forward(subject, subject.original), "compressed": _forward(subject, subject.compressed)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(REPEATS + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first is warm-up
-                times[name].append(time.perf_counter() - start)
-    packed = [m for m in subject.compressed.modules() if isinstance(m, PackedLinear)]
-    decoded = [m for m in packed if m.scheme.weight.params.get("bits", 8) < 8]
-    ratio = statistics.median(times["original"]) / statistics.median(times["compressed"])
-    return {
-        "batch": min(BATCH, subject.conditions.count),
-        "original_s": statistics.median(times["original"]),
-        "compressed_s": statistics.median(times["compressed"]),
-        "spread": {name: [min(t), max(t)] for name, t in times.items()},
-        "ratio": ratio,
-        "warning": f"{len(decoded)} of {len(packed)} packed layers decode their weights at each call: "
-        "no speed-up is claimed"
-        if decoded
-        else "",
-    }

@@ -79,8 +79,9 @@ def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
     branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])
     rows: dict[str, list[list[Tensor]]] = {branch: [[] for _ in chosen] for branch in branches}
     with reporter.task("denoiser (T2)", images) as advance:
-        for start in range(0, images, settings.batch):
-            indices = list(range(start, min(start + settings.batch, images)))
+        size = subject.sampling().batch
+        for start in range(0, images, size):
+            indices = list(range(start, min(start + size, images)))
             records: dict[int, StepRecord] = {}
 
             def keep(record: StepRecord, records: dict[int, StepRecord] = records) -> None:

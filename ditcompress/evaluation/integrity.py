@@ -3,19 +3,19 @@ finite, no layer is dead or constant."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..checkpoint.manifest import read_manifest, verify_manifest
 from ..errors import DitcompressError
+from . import _fresh
 from .layers import LayerOutput
 from .subject import Subject
 
@@ -29,42 +29,60 @@ class Check:
     detail: str
 
 
-def state_digest(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of every tensor of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().contiguous().cpu()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Fresh:
+    """What a process of its own found: the digest of the tensors, bytes that loading them took, and at the highest
+    with one forward pass (above the imports). `error` in words where plain from_pretrained failed."""
+
+    digest: str = ""
+    resident: int | None = None
+    peak: int | None = None
+    error: str = ""
 
 
-_CHILD = """
-import sys, json, torch
-import ditcompress
-import diffusers
-from ditcompress.evaluation.integrity import state_digest
-torch.set_num_threads(1)
-cls = getattr(diffusers, sys.argv[2])
-model = cls.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[3]))
-print("digest " + state_digest(model))
-"""
+def fresh_processes(subject: Subject) -> dict[str, Fresh]:
+    """Both models loaded by stock `from_pretrained` in new processes, at the same time."""
+    started = {
+        name: _start(checkpoint.folder, model, subject)
+        for name, checkpoint, model in (
+            ("original", subject.source, subject.original),
+            ("compressed", subject.result, subject.compressed),
+        )
+        if (checkpoint.folder / "config.json").is_file()
+    }
+    return {name: _finish(process) for name, process in started.items()}
 
 
-def fresh_process(subject: Subject) -> Check:
+def _start(folder: Path, model: nn.Module, subject: Subject) -> subprocess.Popen[str]:
+    batch = max(subject.settings.cost_batches, default=1)
+    name = type(model).__name__
+    command = [sys.executable, "-m", _fresh.__name__, str(folder.resolve()), name, subject.settings.dtype, str(batch)]
+    package = str(Path(__file__).resolve().parents[2])  # found even where the package is not installed
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _finish(process: subprocess.Popen[str]) -> Fresh:
+    try:
+        out, err = process.communicate(timeout=1800)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return Fresh(error="it did not end within half an hour")
+    lines = [line for line in out.splitlines() if line.startswith("facts ")]
+    if process.returncode or not lines:
+        return Fresh(error=(err.strip().splitlines() or ["no message"])[-1][:160])
+    facts = json.loads(lines[0].removeprefix("facts "))
+    return Fresh(facts["digest"], facts["resident"], facts["peak"])
+
+
+def fresh_check(subject: Subject, found: Fresh | None) -> Check:
     """Stock `from_pretrained` in a new process gives bit-identical tensors to the model evaluated here."""
-    folder, dtype = subject.result.folder, subject.settings.dtype
-    if not (folder / "config.json").is_file():
+    if found is None:
         return Check("fresh process", None, "a single file is not loadable by from_pretrained")
-    command = [sys.executable, "-c", _CHILD, str(folder), type(subject.compressed).__name__, dtype]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("digest ")]
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check("fresh process", False, f"plain from_pretrained failed: {last[:160]}")
-    same = lines[0].split()[1] == state_digest(subject.compressed)
+    if found.error:
+        return Check("fresh process", False, f"plain from_pretrained failed: {found.error}")
+    same = found.digest == _fresh.state_digest(subject.compressed)
     return Check("fresh process", same, "plain diffusers loads bit-identical tensors" if same else "tensors differ")
 
 
@@ -81,12 +99,12 @@ def manifest(folder: Path) -> Check:
     return Check("manifest", True, "every file has the recorded size and sha256")
 
 
-def checks(subject: Subject, layers: list[LayerOutput], finite: bool) -> list[Check]:
+def checks(subject: Subject, layers: list[LayerOutput], finite: bool, fresh: Mapping[str, Fresh]) -> list[Check]:
     """All T0 checks, in order of reading."""
     dead = [layer.name for layer in layers if layer.dead]
     found = [manifest(subject.result.path if subject.result.path.is_dir() else subject.result.folder)]
     if subject.settings.fresh_process:
-        found.append(fresh_process(subject))
+        found.append(fresh_check(subject, fresh.get("compressed")))
     found.append(
         Check("finite outputs", finite, "every output is finite" if finite else "NaN or infinity in the outputs")
     )

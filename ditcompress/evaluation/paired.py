@@ -2,102 +2,101 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..console import Reporter
 from ..result import Measurement
 from . import metrics
+from .images import ImageSet
 from .intervals import mean_interval, median_interval, rare_rate
 from .subject import Subject
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images of both models, float32 (n, channels, height, width), and the data range for PSNR and SSIM."""
+    """Images of both models, and the data range for PSNR and SSIM."""
 
-    original: Tensor
-    compressed: Tensor
+    original: ImageSet
+    compressed: ImageSet
     peak: float
+    count: int
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of both models' images, up to `count` pairs."""
+        left = self.count
+        for first, second in zip(self.original.chunks(), self.compressed.chunks(), strict=True):
+            if left <= 0:
+                return
+            yield first[:left], second[:left]
+            left -= len(first)
 
 
-def make_pairs(subject: Subject, work: Path | None, reporter: Reporter) -> Pairs:
-    """`settings.pairs` pairs in chunks; with a work folder, finished chunks of an interrupted run are reused."""
-    settings = subject.settings
-    parts: dict[str, list[Tensor]] = {"original": [], "compressed": []}
-    chunks = [list(range(i, min(i + settings.batch, settings.pairs))) for i in range(0, settings.pairs, settings.batch)]
-    with reporter.task("paired samples (T3)", 2 * settings.pairs) as advance:
-        for name, model in (("original", subject.original), ("compressed", subject.compressed)):
-            for chunk in chunks:
-                images = _stored(work, name, chunk[0])
-                if images is None:
-                    images = subject.sample(model, chunk)
-                    _store(work, name, chunk[0], images)
-                parts[name].append(images)
-                advance(len(chunk))
-    original, compressed = torch.cat(parts["original"]), torch.cat(parts["compressed"])
-    peak = 2.0 if subject.pixels else float(original.max() - original.min())
-    return Pairs(original, compressed, peak)
+@dataclass(frozen=True)
+class PairValues:
+    """Every registered metric on every pair, and on unrelated pairs of the original's images (the noise floor)."""
+
+    values: dict[str, np.ndarray]
+    unrelated: dict[str, np.ndarray]
+    identical: bool
+    finite: bool
 
 
-def _stored(work: Path | None, name: str, start: int) -> Tensor | None:
-    path = work / f"{name}-{start:06d}.safetensors" if work else None
-    return load_file(path)["images"] if path and path.exists() else None
+def data_range(images: ImageSet, pixels: bool) -> float:
+    """2 for images in [-1, 1]; the range of the original's latents."""
+    if pixels:
+        return 2.0
+    low, high = np.inf, -np.inf
+    for chunk in images.chunks():
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+    return high - low
 
 
-def _store(work: Path | None, name: str, start: int, images: Tensor) -> None:
-    if work is not None:
-        path = work / f"{name}-{start:06d}.safetensors"
-        save_file({"images": images.contiguous()}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+def compare_pairs(pairs: Pairs) -> PairValues:
+    """One pass over the pairs, a chunk at a time."""
+    table = metrics.registry.all()
+    values: dict[str, list[Tensor]] = {name: [] for name in table}
+    unrelated: dict[str, list[Tensor]] = {name: [] for name in table}
+    identical = finite = True
+    for original, compressed in pairs.chunks():
+        identical &= bool(torch.equal(original, compressed))
+        finite &= bool(torch.isfinite(compressed).all())
+        for name, metric in table.items():
+            values[name].append(metric.values(original, compressed, pairs.peak))
+            if len(original) > 1:
+                unrelated[name].append(metric.values(original, original.roll(1, 0), pairs.peak))
+    join = {name: torch.cat(found).numpy() for name, found in values.items()}
+    apart = {name: torch.cat(found).numpy() for name, found in unrelated.items() if found}
+    return PairValues(join, apart, identical, finite)
 
 
-def per_pair(pairs: Pairs) -> dict[str, np.ndarray]:
-    """Every registered metric on every pair."""
-    return {
-        name: metric.values(pairs.original, pairs.compressed, pairs.peak).numpy()
-        for name, metric in metrics.registry.all().items()
-    }
-
-
-def unrelated_psnr(pairs: Pairs) -> float:
-    """Median PSNR of different images of the original: what "no relation" looks like."""
-    shifted = pairs.original.roll(1, 0)
-    return float(np.median(metrics.registry.get("psnr").values(pairs.original, shifted, pairs.peak).numpy()))
-
-
-def measurements(pairs: Pairs, values: dict[str, np.ndarray], unit: str) -> list[Measurement]:
+def measurements(found: PairValues, unit: str) -> list[Measurement]:
     """Median PSNR with its interval, its 5th percentile and worst pair, SSIM, and the shares of poor pairs."""
-    psnr, n = values["psnr"], len(values["psnr"])
-    found = bool(np.isfinite(pairs.compressed.numpy()).all())
-    identical = bool(torch.equal(pairs.original, pairs.compressed))
-    if not found:
+    psnr, n, identical = found.values["psnr"], len(found.values["psnr"]), found.identical
+    if not found.finite:
         psnr = np.where(np.isfinite(psnr), psnr, -np.inf)
     low, high = median_interval(psnr)
-    floor = unrelated_psnr(pairs) if n > 1 else None
-    note = unit if found else "some outputs are not finite"
+    floor = float(np.median(found.unrelated["psnr"])) if "psnr" in found.unrelated else None
+    note = unit if found.finite else "some outputs are not finite"
     rows = [
         Measurement("psnr", "paired PSNR, median", "T3", "dB", True, float(np.median(psnr)), low, high, n=n,
-                    floor=floor,
-                    identical=identical, note=note),
+                    floor=floor, identical=identical, note=note),
         Measurement("psnr_p05", "paired PSNR, 5th percentile", "T3", "dB", True,
-                    float(np.quantile(psnr, 0.05, method="lower")),
-                    n=n, identical=identical),
-        Measurement("psnr_worst", "paired PSNR, worst pair", "T3", "dB", True, float(psnr.min()), n=n,
+                    float(np.quantile(psnr, 0.05, method="lower")), n=n, floor=floor, identical=identical),
+        Measurement("psnr_worst", "paired PSNR, worst pair", "T3", "dB", True, float(psnr.min()), n=n, floor=floor,
                     identical=identical),
     ]  # fmt: skip
     for name, metric in metrics.registry.all().items():
         if name != "psnr":
-            a, b = mean_interval(values[name])
+            a, b = mean_interval(found.values[name])
+            apart = float(found.unrelated[name].mean()) if name in found.unrelated else None
             rows.append(Measurement(name, metric.LABEL, "T3", metric.UNIT, metric.HIGHER_IS_BETTER,
-                                    float(values[name].mean()), a, b, n=n, identical=identical))  # fmt: skip
+                                    float(found.values[name].mean()), a, b, n=n, floor=apart,
+                                    identical=identical))  # fmt: skip
     for limit in (20, 15):
         events = int((psnr < limit).sum())
         a, b = rare_rate(events, n)
@@ -119,10 +118,15 @@ def summary(values: dict[str, np.ndarray], conditions: Any) -> dict[str, Any]:
     }
 
 
-def chosen_images(pairs: Pairs, psnr: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
-    """Indices of `count` seeded-random pairs and of the `count` worst."""
-    random = np.random.default_rng(seed).permutation(len(psnr))[:count]
-    return {
+def shown_images(subject: Subject, pairs: Pairs, psnr: np.ndarray) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
+    """(index, original, compressed) of `settings.shown` seeded-random pairs and of the worst."""
+    count = subject.settings.shown
+    random = np.random.default_rng(subject.settings.seed).permutation(len(psnr))[:count]
+    chosen = {
         "random": sorted(int(i) for i in random),
         "worst": [int(i) for i in np.argsort(psnr, kind="stable")[:count]],
+    }
+    return {
+        kind: list(zip(indices, pairs.original.take(indices), pairs.compressed.take(indices), strict=True))
+        for kind, indices in chosen.items()
     }

@@ -38,6 +38,13 @@ PROFILES: Mapping[str, tuple[Margin, ...]] = {
         Margin("pairs_under_15", most=1.0),
     ),
     "fidelity-latent": (Margin("sqnr_weighted", least=20.0),),
+    # for models that were trained again: same-noise figures are shown, the distribution is gated
+    "quality": (
+        Margin("class_accuracy", least=-1.0),
+        Margin("fd_reference_percent", most=5.0),
+        Margin("recall", least=-0.03),
+        Margin("coverage", least=-0.03),
+    ),
 }
 
 
@@ -99,3 +106,20 @@ def decide(
     if broken or FAIL in outcomes:
         return FAIL, gated
     return (INCONCLUSIVE if INCONCLUSIVE in outcomes or missing or not outcomes else PASS), gated
+
+
+def missing_gates(measurements: Sequence[Measurement], margins: Sequence[Margin]) -> list[str]:
+    """Gated measurements that were not made: they leave the verdict inconclusive."""
+    return [margin.measurement for margin in margins if margin.measurement not in {m.name for m in measurements}]
+
+
+def moved(measurements: Sequence[Measurement]) -> str:
+    """What must be said where the distance to data went down although the images changed: coarse rounding often
+    lowers it (evaluation.md: 3-bit weights scored best of all), so it is never an improvement by itself."""
+    table = {m.name: m for m in measurements}
+    distance, shift = table.get("fd_reference"), table.get("fd_original")
+    if distance is None or shift is None or distance.identical or distance.value is None or shift.value is None:
+        return ""
+    if distance.value >= 0 or shift.value <= (shift.floor or 0) * 0.5:
+        return ""
+    return "distribution moved: a lower Fréchet distance to the reference is not evidence of better quality"

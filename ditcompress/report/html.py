@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoint.writer import save_atomic
+from ..console import amount, number, seconds, size
 from ..errors import DitcompressError
-from . import plots
-
-FIGURES: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str | None]]] = (
-    (
-        "SQNR of the denoiser over timesteps",
-        "How far the compressed prediction is from the original's on the same inputs; higher is better. "
-        "The band covers 5 to 95 % of inputs.",
-        lambda r: plots.sqnr_over_time(r["timesteps"]),
-    ),
-    (
-        "Output SQNR of each linear",
-        "Errors of earlier layers included; diagnostic, nothing is gated on it.",
-        lambda r: plots.layer_sqnr(r["layers"]),
-    ),
-    (
-        "Paired PSNR over all pairs",
-        "The curve of a better model lies further right.",
-        lambda r: plots.psnr_distribution(r["pairs"].get("psnr", [])),
-    ),
-    (
-        "Stored bits of each linear",
-        "Scales, zeros and low-rank factors included.",
-        lambda r: plots.layer_bits(r["layers"]),
-    ),
-)
+from ..result import SCHEMA_VERSION
+from . import figures, plots
 
 Images = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]
 
@@ -64,24 +42,16 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Images]:
         raise DitcompressError(
             "E301", folder / "report.json", "is no report", "run `ditcompress evaluate ... --out DIR`"
         ) from None
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA_VERSION:
+        raise DitcompressError(
+            "E323", folder / "report.json", f"is no report of schema {SCHEMA_VERSION}", "run evaluate again"
+        )
     images: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     if (folder / "images.safetensors").is_file():
         for name, pair in sorted(load_file(folder / "images.safetensors").items()):
             kind, _, index = name.split("/")
             images.setdefault(kind, []).append((int(index), pair[0], pair[1]))
     return result, images
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _triples(images: Images, result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -119,16 +89,44 @@ def _triples(images: Images, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def environment() -> jinja2.Environment:
+    """Templates of this folder, everything escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made.filters.update(number=number, size=size, seconds=seconds, amount=amount)
+    return made
+
+
 def render(result: Mapping[str, Any], images: Images) -> str:
     """The whole page. Every text is escaped."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, size=size)
-    template = environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
-    figures = [(title, text, draw(result)) for title, text, draw in FIGURES]
-    return template.render(
-        r=result,
-        figures=[f for f in figures if f[2]],
-        colours=plots.ROLE_COLOURS,
-        sections=_triples(images, result),
-        provenance=json.dumps(result["provenance"], indent=2),
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            r=result,
+            tiers=_tiers(result["measurements"]),
+            figures=figures.drawn(result),
+            colours={role: plots.ROLE_COLOURS[role] for role in _roles(result["layers"])},
+            sections=_triples(images, result),
+            provenance=json.dumps(result["provenance"], indent=2),
+        )
     )
+
+
+TIERS = {
+    "T2": "the denoiser on the same inputs",
+    "T3": "same-noise pairs of images",
+    "T4": "distribution of the images",
+    "T5": "external metrics",
+}
+
+
+def _tiers(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """(tier, its title, its rows) in order; rows of a tier keep theirs."""
+    return [(t, text, mine) for t, text in TIERS.items() if (mine := [m for m in rows if m["tier"] == t])]
+
+
+def _roles(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Roles that occur, in the order of the palette."""
+    found = {x["role"] for x in layers}
+    return [role for role in plots.ROLE_COLOURS if role in found]

@@ -124,3 +124,58 @@ def picture(image: Tensor, low: float, high: float, size: int = 96) -> str:
     buffer = io.BytesIO()
     shown.save(buffer, format="PNG", optimize=True)
     return _uri(buffer.getvalue(), "png")
+
+
+def frechet_over_n(points: Sequence[Mapping[str, Any]]) -> str | None:
+    """FD against 1/N of both models with the fitted lines down to 1/N = 0."""
+    if len(points) < 4:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("1 / number of images", "Fréchet distance to reference")
+        for model, colour, mark in (("original", "#0072B2", "o"), ("compressed", "#D55E00", "s")):
+            mine = [p for p in points if p["model"] == model]
+            inverse, values = [1 / p["n"] for p in mine], [p["fd"] for p in mine]
+            slope, intercept = np.polyfit(inverse, values, 1)
+            ends = np.array([0.0, max(inverse)])
+            axes.plot(ends, intercept + slope * ends, "-", color=colour, lw=1)
+            axes.plot(inverse, values, mark, color=colour, ms=5, label=f"{model}, limit {intercept:.1f}")
+        axes.set_xlim(left=0)
+        axes.legend()
+        return _svg(figure)
+
+
+def class_change(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Change of accuracy by class in percentage points; sorted where there are many classes."""
+    if not rows:
+        return None
+    change = [100 * (c["compressed"] - c["original"]) for c in rows]
+    labels = [str(c["label"]) for c in rows]
+    few = len(rows) <= 20
+    if not few:
+        change.sort()
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("class" if few else "classes, worst first", "change, percentage points")
+        axes.bar(range(len(change)), change, width=0.7 if few else 1.0, color="#0072B2")
+        axes.axhline(0, color=INK, lw=0.8)
+        if not any(change):
+            axes.set_ylim(-1, 1)
+        if few:
+            axes.set_xticks(range(len(labels)), labels)
+        return _svg(figure)
+
+
+def pareto(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str) -> str:
+    """Runs as points (`x`, `y`, `low`, `high`, `name`, `best`) with intervals; the front is drawn as a line."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes(x_label, y_label)
+        front = sorted((p for p in points if p["best"]), key=lambda p: p["x"])
+        if len(front) > 1:
+            axes.plot([p["x"] for p in front], [p["y"] for p in front], "-", color="#0072B2", lw=1, alpha=0.5)
+        for p in points:
+            colour = "#0072B2" if p["best"] else INK
+            if p["low"] is not None and p["high"] is not None:
+                axes.plot([p["x"]] * 2, [p["low"], p["high"]], "-", color=colour, lw=1.5)
+            axes.plot(p["x"], p["y"], "o", color=colour, ms=6)
+            axes.annotate(p["name"], (p["x"], p["y"]), xytext=(6, 5), textcoords="offset points", fontsize=9)
+        axes.margins(x=0.18, y=0.15)
+        return _svg(figure)
