@@ -111,6 +111,14 @@ def size(count: float | None) -> str:
     return f"{count:.2f} GB"
 
 
+def printable_cell(value: object) -> str:
+    """Text for a Markdown table or line: no control characters, nothing that opens markup."""
+    line = printable(value, 300)
+    for mark in "\\`|<>[]*_":
+        line = line.replace(mark, "\\" + mark if mark in "|<>[]*\\" else mark)
+    return line.replace("`", "'")
+
+
 def seconds(value: float | None) -> str:
     """A duration for people: 12.3 ms."""
     if value is None:

@@ -32,6 +32,7 @@ from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
+from ..report.card import quantized_card
 from .calibration import cached_statistics, conditions_for, settings_of
 
 
@@ -123,6 +124,11 @@ def quantize(
         elif checkpoint.scheduler_folder:
             _copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
+        card = quantized_card(
+            target.name, path.name, checkpoint.class_name, chosen.to_json(), outcome.records, checkpoint.total_bytes,
+            size, checkpoint.pipeline is not None,
+        )  # fmt: skip
+        (partial / "README.md").write_text(card, encoding="utf-8")
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
 

@@ -17,6 +17,7 @@ from ..console import amount, number, seconds, size
 from ..errors import DitcompressError
 from ..result import SCHEMA_VERSION
 from . import figures, plots
+from .card import evaluated_card
 
 Images = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]
 
@@ -32,6 +33,7 @@ def write_report(folder: Path, result: Mapping[str, Any], images: Images) -> Non
     if table:
         save_atomic(folder / "images.safetensors", table)
     (folder / "report.html").write_text(render(result, images), encoding="utf-8")
+    (folder / "README.md").write_text(evaluated_card(result), encoding="utf-8")
 
 
 def read_report(folder: Path) -> tuple[dict[str, Any], Images]:
