@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -101,8 +103,6 @@ def test_pins(tmp_path: Path) -> None:
 
 
 def test_one_changed_file_of_a_model_folder_is_noticed(clips: Path, tmp_path: Path) -> None:
-    import shutil
-
     root = tmp_path / "copy"
     shutil.copytree(clips, root)
     (root / "clip" / "config.json").write_text((root / "clip" / "config.json").read_text() + " ")
@@ -184,15 +184,11 @@ def test_identical_images_give_exactly_nothing(clips: Path) -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_samples_that_cannot_be_scored(change: dict[str, Any], reason: str, clips: Path) -> None:
-    import re
-
     rows, skipped = run_external(["clip_score"], samples(clips, **change))
     assert rows == [] and re.search(reason, skipped[0].reason)
 
 
 def test_incomplete_weights_are_not_filled_with_random_ones(clips: Path, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
@@ -205,8 +201,6 @@ def test_incomplete_weights_are_not_filled_with_random_ones(clips: Path, tmp_pat
 
 
 def test_pickles_without_safetensors_are_not_loaded(clips: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
     (tmp_path / "clip" / "model.safetensors").unlink()
     rows, skipped = run_external(["clip_score"], samples(pin(tmp_path)))

@@ -1,7 +1,7 @@
 """Metrics whose library is never in the tested environment, by stand-ins that check the calls; and their arithmetic.
 
-The same modules were run once against the real torch-fidelity 0.4.0, lpips 0.1.4 and hpsv2 1.2.0 with random weights,
-and agreed with those packages' own results.
+The same modules were run once against the real torch-fidelity 0.4.0, lpips 0.1.4, hpsv2 1.2.0 and ImageReward 1.5
+(under transformers 4.30) with random weights, and agreed with those packages' own results.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ GROUPS = 20
 _ROWS = 1024
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Moments = tuple[np.ndarray, np.ndarray, float]
 
 
 def groups_of(n: int, seed: int, count: int = GROUPS) -> np.ndarray:
@@ -36,14 +37,16 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
     With C = F^T F / (n - 1), tr (C1 C2)^(1/2) is the sum of the singular values of F1 F2^T over the roots of n - 1,
     which needs no matrix square root and is exact for singular covariances (fewer images than dimensions).
     """
-    if np.array_equal(first, second):
-        return 0.0
-    (mean1, factor1, trace1), (mean2, factor2, trace2) = _moments(first), _moments(second)
+    return 0.0 if np.array_equal(first, second) else _between(_moments(first), _moments(second))
+
+
+def _between(first: Moments, second: Moments) -> float:
+    (mean1, factor1, trace1), (mean2, factor2, trace2) = first, second
     cross = linalg.svdvals(factor1 @ factor2.T).sum()
     return float(((mean1 - mean2) ** 2).sum() + trace1 + trace2 - 2 * cross)
 
 
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _moments(x: np.ndarray) -> Moments:
     """Mean, a factor F with F^T F the covariance, and its trace."""
     x = x.astype(np.float64)
     mean = x.mean(0)
@@ -57,11 +60,13 @@ def frechet_difference(
     original: np.ndarray, compressed: np.ndarray, reference: np.ndarray, seed: int
 ) -> tuple[float, float, tuple[float, float]]:
     """Distances of both models to the reference, and the interval of compressed minus original."""
-    first, second = frechet(original, reference), frechet(compressed, reference)
-    groups = groups_of(len(original), seed)
-    without = [
-        frechet(compressed[groups != g], reference) - frechet(original[groups != g], reference) for g in range(GROUPS)
-    ]
+    real, groups = _moments(reference), groups_of(len(original), seed)
+
+    def both(kept: np.ndarray) -> tuple[float, float]:
+        return _between(_moments(original[kept]), real), _between(_moments(compressed[kept]), real)
+
+    first, second = both(groups >= 0)
+    without = [second - first for first, second in (both(groups != g) for g in range(GROUPS))]
     return first, second, jackknife_interval(second - first, np.array(without))
 
 
