@@ -82,7 +82,7 @@ def judge(subject: Subject, folder: Path, sources: Sources, *, command: str, rep
     quality = measure_quality(subject, sets, tools, sources, reporter)
     rows += quality.rows
     finite = values.finite and all(np.isfinite(p.noise).all() for p in probes.values())
-    checks = integrity.checks(subject, found_layers, finite, fresh)
+    checks = integrity.checks(subject, found_layers, finite, denoiser.off_by_one(probes), fresh)
     verdict, rows = decide(rows, margins, integrity.broken(checks))
     result = Result(
         verdict=verdict,

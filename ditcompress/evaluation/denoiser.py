@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.trajectory import StepRecord
 from ..console import Reporter
@@ -22,17 +22,23 @@ from ..result import Measurement
 from .intervals import bca_interval
 from .subject import Subject
 
+SHIFTED = 8  # inputs that are also compared with the neighbouring timesteps
+
 
 @dataclass(frozen=True)
 class Probe:
-    """Errors of one branch at the probed steps: `noise` and `signal` (steps, inputs) are squared norms."""
+    """Errors of one branch at the probed steps: `noise` and `signal` (steps, inputs) are squared norms, `dot` the inner
+    products of both predictions. `shifted` (steps, 3): mean relative error against the original at one timestep less,
+    at the same and at one more (NaN where that leaves the schedule)."""
 
     steps: list[int]
     timesteps: list[float]
     weights: np.ndarray  # (steps,) squared sampler coefficient
     noise: np.ndarray
     signal: np.ndarray
+    dot: np.ndarray
     cosine: np.ndarray
+    shifted: np.ndarray
 
 
 def sampler_weights(scheduler: Any, steps: int) -> tuple[list[float], np.ndarray]:
@@ -78,6 +84,7 @@ def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
     images = max(1, math.ceil(settings.inputs / len(chosen)))
     branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])
     rows: dict[str, list[list[Tensor]]] = {branch: [[] for _ in chosen] for branch in branches}
+    shifts: dict[str, list[list[float]]] = {branch: [] for branch in branches}
     with reporter.task("denoiser (T2)", images) as advance:
         size = subject.sampling().batch
         for start in range(0, images, size):
@@ -92,28 +99,69 @@ def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
             for place, step in enumerate(chosen):
                 for branch in branches:
                     rows[branch][place].append(_errors(subject, records[step], indices, branch))
+                    if start == 0:
+                        shifts[branch].append(_shifted(subject, records[step], indices[:SHIFTED], branch))
             advance(len(indices))
     return {
         branch: Probe(
             chosen,
             [times[step] for step in chosen],
             weights[chosen],
-            *(np.stack([torch.cat(parts)[:, k].numpy() for parts in found]) for k in range(3)),
+            *_columns(found),
+            np.array(shifts[branch]),
         )
         for branch, found in rows.items()
     }
 
 
+def _columns(found: list[list[Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, inputs) arrays of the columns of `_errors`."""
+    table = np.stack([torch.cat(parts).numpy() for parts in found])
+    return table[..., 0], table[..., 1], table[..., 2], table[..., 3]
+
+
 def _errors(subject: Subject, record: StepRecord, indices: list[int], branch: str) -> Tensor:
-    """(inputs, 3): squared error, squared signal and cosine of each input at one step."""
+    """(inputs, 4): squared error, squared signal, inner product and cosine of each input at one step."""
     index = torch.tensor(indices)
     timestep = torch.as_tensor(record.timestep).expand(len(indices))
     latents, null = record.model_input, branch == "null"
     reference = subject.predict(subject.original, latents, timestep, index, null).double().flatten(1)
     output = subject.predict(subject.compressed, latents, timestep, index, null).double().flatten(1)
     noise, signal = (output - reference).square().sum(1), reference.square().sum(1)
-    cosine = (output * reference).sum(1) / (output.norm(dim=1) * reference.norm(dim=1)).clamp_min(1e-300)
-    return torch.stack([noise, signal, cosine], 1)
+    dot = (output * reference).sum(1)
+    cosine = dot / (output.norm(dim=1) * reference.norm(dim=1)).clamp_min(1e-300)
+    return torch.stack([noise, signal, dot, cosine], 1)
+
+
+def _shifted(subject: Subject, record: StepRecord, indices: list[int], branch: str) -> list[float]:
+    """Mean relative error of the compressed prediction against the original at timestep - 1, + 0 and + 1."""
+    index, last = torch.tensor(indices), float(subject.scheduler.config.get("num_train_timesteps", 1000)) - 1
+    latents, time = record.model_input[: len(indices)], float(record.timestep)
+
+    def predict(model: nn.Module, at: float) -> Tensor:
+        timestep = torch.full((len(indices),), at).to(record.timestep.dtype)
+        return subject.predict(model, latents, timestep, index, branch == "null").double().flatten(1)
+
+    output, found = predict(subject.compressed, time), []
+    for shift in (-1, 0, 1):
+        if not 0 <= time + shift <= last:
+            found.append(math.nan)
+            continue
+        reference = predict(subject.original, time + shift)
+        found.append(float(((output - reference).square().sum(1) / reference.square().sum(1)).mean()))
+    return found
+
+
+def off_by_one(found: dict[str, Probe]) -> int:
+    """-1 or +1 where the compressed model answers to the timestep before or after the one it is given, else 0: at most
+    steps its error against that neighbour is under half of its error against the original at the same timestep."""
+    table = np.concatenate([p.shifted for p in found.values()])
+    for shift, column in ((-1, 0), (1, 2)):
+        known = ~np.isnan(table[:, column])
+        closer = table[known, column] < 0.5 * table[known, 1]
+        if known.any() and closer.mean() >= 0.75:
+            return shift
+    return 0
 
 
 def measurements(found: dict[str, Probe], seed: int) -> list[Measurement]:
@@ -142,13 +190,39 @@ def measurements(found: dict[str, Probe], seed: int) -> list[Measurement]:
     if worst_value is not None and images > 1:
         ratios = (noise[worst] / signal[worst])[:, None]
         worst_low, worst_high = bca_interval(ratios, lambda r: ratio_db(float(r.mean())), seed)
+    gain = None
+    gain_low = gain_high = None
+    if finite and not identical:
+        gain, gain_low, gain_high = _gain_error(found, weights, seed)
     label = f"SQNR at the worst timestep (t = {first.timesteps[worst]:.0f})"
     return [
         Measurement("sqnr_weighted", "denoiser SQNR, sampler-weighted", "T2", "dB", True, value, low, high,
                     n=noise.size, identical=identical, note="" if finite else "outputs are not finite"),
+        Measurement("gain_error", "gain of the denoiser, off by", "T2", "%", False, 0.0 if identical else gain,
+                    gain_low, gain_high, n=images, identical=identical),
         Measurement("sqnr_worst", label, "T2", "dB", True, worst_value, worst_low, worst_high, n=images,
                     identical=identical),
     ]  # fmt: skip
+
+
+def _gain_error(found: dict[str, Probe], weights: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """How far the sampler-weighted slope of the compressed prediction over the original's is from 1, in per cent.
+
+    Rounding adds noise but hardly any gain; a wrong scale shows here long before it shows in an SQNR.
+    """
+    dot = np.concatenate([p.dot for p in found.values()], 1)
+    signal = np.concatenate([p.signal for p in found.values()], 1)
+    steps = len(weights)
+
+    def slope(rows: np.ndarray) -> float:
+        d, s = rows[:, :steps].mean(0), rows[:, steps:].mean(0)
+        return 100 * (float((weights * d).sum() / (weights * s).sum()) - 1)
+
+    table = np.concatenate([dot, signal]).T
+    value = slope(table)
+    low, high = bca_interval(table, slope, seed) if len(table) > 1 else (math.nan, math.nan)
+    least = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    return abs(value), least, max(abs(low), abs(high))
 
 
 def curve(found: dict[str, Probe]) -> list[dict[str, Any]]:

@@ -99,7 +99,9 @@ def manifest(folder: Path) -> Check:
     return Check("manifest", True, "every file has the recorded size and sha256")
 
 
-def checks(subject: Subject, layers: list[LayerOutput], finite: bool, fresh: Mapping[str, Fresh]) -> list[Check]:
+def checks(
+    subject: Subject, layers: list[LayerOutput], finite: bool, shift: int, fresh: Mapping[str, Fresh]
+) -> list[Check]:
     """All T0 checks, in order of reading."""
     dead = [layer.name for layer in layers if layer.dead]
     found = [manifest(subject.result.path if subject.result.path.is_dir() else subject.result.folder)]
@@ -108,6 +110,8 @@ def checks(subject: Subject, layers: list[LayerOutput], finite: bool, fresh: Map
     found.append(
         Check("finite outputs", finite, "every output is finite" if finite else "NaN or infinity in the outputs")
     )
+    said = f"it answers to the timestep {'after' if shift > 0 else 'before'} the one it is given"
+    found.append(Check("timestep", shift == 0, said if shift else "the model answers to the timestep it is given"))
     text = f"constant output: {', '.join(dead[:3])}" if dead else "no layer is dead or constant"
     found.append(Check("live layers", not dead, text))
     return found

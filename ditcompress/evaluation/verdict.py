@@ -34,10 +34,11 @@ class Margin:
 PROFILES: Mapping[str, tuple[Margin, ...]] = {
     "fidelity": (
         Margin("sqnr_weighted", least=20.0),
+        Margin("gain_error", most=1.0),
         Margin("psnr", least=25.0),
         Margin("pairs_under_15", most=1.0),
     ),
-    "fidelity-latent": (Margin("sqnr_weighted", least=20.0),),
+    "fidelity-latent": (Margin("sqnr_weighted", least=20.0), Margin("gain_error", most=1.0)),
     # for models that were trained again: same-noise figures are shown, the distribution is gated
     "quality": (
         Margin("class_accuracy", least=-1.0),

@@ -43,7 +43,9 @@ def quantized_card(
         entry[0] += weights
         entry[1] += weights * record.bits
         entry[2] += 1
-    table = [{"role": role, "linears": int(n), "weights": int(w), "bits": b / w} for role, (w, b, n) in roles.items()]
+    table: list[dict[str, Any]] = [
+        {"role": role, "linears": int(n), "weights": int(w), "bits": b / w} for role, (w, b, n) in roles.items()
+    ]
     weights = sum(row["weights"] for row in table)
     bits = sum(row["weights"] * row["bits"] for row in table) / weights if weights else None
     return _render(
