@@ -92,7 +92,8 @@ def command_line() -> str:
 # what a terminal shows, by short names; the report has every row
 SHOWN = {
     "sqnr_weighted": "SQNR, weighted", "gain_error": "gain, off by", "sqnr_worst": "SQNR, worst t",
-    "psnr": "PSNR, median", "psnr_p05": "PSNR, 5 %", "psnr_worst": "PSNR, worst", "ssim": "SSIM", "pairs_under_15": "pairs < 15 dB", "fd_original": "FD to original",
+    "psnr": "PSNR, median", "psnr_p05": "PSNR, 5 %", "psnr_worst": "PSNR, worst",
+    "ssim": "SSIM", "pairs_under_15": "pairs < 15 dB", "fd_original": "FD to original",
     "fd_reference": "FD to reference Δ", "mmd_original": "MMD to original", "recall": "recall Δ",
     "coverage": "coverage Δ", "class_accuracy": "class accuracy Δ", "label_flips": "class changed",
 }  # fmt: skip
