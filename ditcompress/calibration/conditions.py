@@ -108,7 +108,7 @@ def get_conditions(
         from .text import from_pipeline, has_text_encoder
 
         if has_text_encoder(source.pipeline):
-            return from_pipeline(source.pipeline, prompts, count)
+            return from_pipeline(source.pipeline, prompts, count, config)
     generator = torch.Generator().manual_seed(seed)
     cond = adapter.random_conditions(config, min(count, MOST_RANDOM), generator)
     reporter.note("no text encoder and no --conditions file: seeded random embeddings are used, figures are rough")
