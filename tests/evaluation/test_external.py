@@ -18,7 +18,7 @@ import torch
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation import external
 from ditcompress.evaluation.external import Samples, Unavailable, run_external
-from ditcompress.evaluation.external._weights import pinned, read_sums
+from ditcompress.evaluation.local_weights import pinned, read_sums
 from ditcompress.evaluation.pixels import to_pil
 
 from .external_samples import (

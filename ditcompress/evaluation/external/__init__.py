@@ -1,7 +1,7 @@
 """Tier T5: external metrics, one a file, registered under its name; see `base` for the contract.
 
 `run_external` gives every asked-for metric a row or a reason. Nothing is downloaded: weights are local files, pinned
-by sha256 (`_weights`), and the network is refused while a library of others runs (`_offline`).
+by sha256 (`local_weights`), and the network is refused while a library of others runs (`_offline`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from types import ModuleType
 from ...errors import DitcompressError, printable
 from ...registry import Registry
 from ...result import Measurement, Skipped
+from ..local_weights import Unavailable, first_line
 from ..pixels import Images
 from ._offline import offline
-from .base import Samples, Unavailable, first_line
+from .base import Samples
 
 __all__ = ["Images", "Samples", "Unavailable", "registry", "run_external"]
 

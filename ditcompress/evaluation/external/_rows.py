@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...result import Measurement
 from ..intervals import mean_interval
+from ..local_weights import Unavailable
 from ..pixels import batches
-from .base import Samples, Unavailable, enough
+from .base import Samples, enough
 
 BATCH = 16
 

@@ -14,12 +14,10 @@ in place of a number.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from ...errors import printable
+from ..local_weights import Unavailable
 from ..pixels import Images
 
 
@@ -38,25 +36,6 @@ class Samples:
     weights: Path | None = None
     device: str = "cpu"
     seed: int = 0
-
-
-class Unavailable(Exception):
-    """A metric that cannot be measured here; its text is the one-line reason."""
-
-
-def library(name: str, package: str) -> ModuleType:
-    """The imported module, or Unavailable with what to install: a broken installation (torchvision beside another torch
-    raises RuntimeError, AttributeError...) is no different from a missing one."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise Unavailable(f"{name} cannot be imported ({first_line(error)}); pip install '{package}'") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an exception, on one line."""
-    lines = str(error).strip().splitlines()
-    return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
 
 
 def enough(samples: Samples, least: int) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ...result import Measurement
+from ..clip import Clip, load_clip
 from ..pixels import Images, batches
-from ._clip import Clip, load_clip
 from ._distances import GROUPS, gaussian, mmd_difference, mmd_paired
 from ._rows import BATCH
 from .base import Samples, enough

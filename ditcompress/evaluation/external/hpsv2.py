@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...result import Measurement
+from ..local_weights import Unavailable, library, pinned, plain_pickle
 from ..pixels import to_pil
 from ._rows import difference, scores
-from ._weights import pinned, plain_pickle
-from .base import Samples, Unavailable, library, prompts_of
+from .base import Samples, prompts_of
 
 LABEL = "HPS v2.1"
 EXTRA = ""

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from ...result import Measurement
+from ..local_weights import library, pinned, plain_pickle
 from ..pixels import to_pil
 from ._rows import difference, scores
-from ._weights import pinned, plain_pickle
-from .base import Samples, library, prompts_of
+from .base import Samples, prompts_of
 
 LABEL = "ImageReward"
 EXTRA = ""

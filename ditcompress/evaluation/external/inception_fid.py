@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...result import Measurement
+from ..local_weights import Pinned, library, pinned, plain_pickle
 from ..pixels import Images, batches, to_bytes
 from ._distances import (
     GROUPS,
@@ -23,8 +24,7 @@ from ._distances import (
     score_difference,
 )
 from ._rows import BATCH
-from ._weights import Pinned, pinned, plain_pickle
-from .base import Samples, enough, library
+from .base import Samples, enough
 
 LABEL = "Inception FID, KID and score"
 EXTRA = "fidelity"
@@ -39,7 +39,7 @@ def measure(samples: Samples) -> list[Measurement]:
     if samples.reference is not None and len(samples.reference) < 2:
         samples = Samples(**{**vars(samples), "reference": None})
     weights = pinned(samples, WEIGHTS[0])
-    extractor = _extractor(weights, samples.device)
+    extractor = load_inception(weights, samples.device)
     features, logits = _features(extractor, samples.original, samples.device)
     others, other_logits = _features(extractor, samples.compressed, samples.device)
     identical = bool(np.array_equal(features, others))
@@ -77,7 +77,7 @@ def _biased(n: int, note: str) -> str:
     return f"biased, compare only at the same N{few}; {note}"
 
 
-def _extractor(weights: Pinned, device: str) -> Any:
+def load_inception(weights: Pinned, device: str) -> Any:
     """torch-fidelity reads its weights file with weights_only=False, so the file is read by us first: one that holds
     only tensors has no code to run whichever way it is read."""
     plain_pickle(weights.path)

@@ -12,9 +12,9 @@ import torch
 
 from ...result import Measurement
 from ..intervals import mean_interval
+from ..local_weights import Pinned, Unavailable, library, load_state, pinned
 from ._rows import BATCH, pairs
-from ._weights import Pinned, load_state, pinned
-from .base import Samples, Unavailable, enough, library
+from .base import Samples, enough
 
 LABEL = "LPIPS (AlexNet)"
 EXTRA = "lpips"

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ...result import Measurement
-from ._clip import load_clip
+from ..clip import load_clip
 from ._rows import difference, scores
 from .base import Samples, prompts_of
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pixels import to_pil
-from ._weights import pinned
-from .base import Samples, Unavailable, library
+from .local_weights import Place, Unavailable, library, pinned
+from .pixels import to_pil
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Clip:
         return _unit(self.model.text_projection(pooled))
 
 
-def load_clip(samples: Samples, name: str, *, texts: bool) -> Clip:
+def load_clip(place: Place, name: str, *, texts: bool) -> Clip:
     """The model in the folder `name` of the weights folder: safetensors only, complete, in float32."""
-    weights = pinned(samples, name)
+    weights = pinned(place, name)
     transformers = library("transformers", "transformers")
     local = {"local_files_only": True}
     model, info = transformers.CLIPModel.from_pretrained(
@@ -68,7 +67,7 @@ def load_clip(samples: Samples, name: str, *, texts: bool) -> Clip:
     tokenizer = transformers.CLIPTokenizer.from_pretrained(str(weights.path), **local) if texts else None
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Clip(model.eval().to(samples.device), tokenizer, processor, samples.device, weights.note)
+    return Clip(model.eval().to(place.device), tokenizer, processor, place.device, weights.note)
 
 
 def _image_processor(transformers: Any) -> Any:

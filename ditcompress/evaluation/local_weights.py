@@ -1,4 +1,4 @@
-"""Weights of external metrics: local files below --weights-dir, each pinned by its sha256 in SHA256SUMS.
+"""Other people's networks, never downloaded: local files below --weights-dir, each pinned by its sha256 in SHA256SUMS.
 
 SHA256SUMS is what `sha256sum` prints ("<64 hex digits>  <name>", with names relative to the folder), so a user makes
 it with one command and everyone can check it with another.
@@ -6,22 +6,53 @@ it with one command and everyone can check it with another.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Protocol
 
 from torch import Tensor
 
-from ...checkpoint.manifest import sha256
-from ...errors import printable
-from .base import Samples, Unavailable, first_line
+from ..checkpoint.manifest import sha256
+from ..errors import printable
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _MOST_BYTES = 16 << 20
 MODEL_FILES = (".json", ".txt", ".safetensors", ".model")  # what transformers reads from a model folder
+
+
+class Unavailable(Exception):
+    """A metric that cannot be measured here; its text is the one-line reason."""
+
+
+def library(name: str, package: str) -> ModuleType:
+    """The imported module, or Unavailable with what to install: a broken installation (torchvision beside another torch
+    raises RuntimeError, AttributeError...) is no different from a missing one."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise Unavailable(f"{name} cannot be imported ({first_line(error)}); pip install '{package}'") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception, on one line."""
+    lines = str(error).strip().splitlines()
+    return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+
+
+class Place(Protocol):
+    """Where weights may be found and where they run: what a metric or an extractor is asked with."""
+
+    @property
+    def weights(self) -> Path | None: ...
+
+    @property
+    def device(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -32,14 +63,14 @@ class Pinned:
     note: str  # name and the first digits of the sha256 of its largest file: the identity of the extractor
 
 
-def pinned(samples: Samples, name: str, most: int = 200) -> Pinned:
+def pinned(place: Place, name: str, most: int = 200) -> Pinned:
     """The file or model folder `name`, checked against SHA256SUMS; Unavailable otherwise."""
-    if samples.weights is None:
+    if place.weights is None:
         raise Unavailable(f"needs {name}: give --weights-dir")
-    root = Path(os.path.abspath(samples.weights))
+    root = Path(os.path.abspath(place.weights))
     path = root / name
     if not path.exists():
-        raise Unavailable(f"{name} is not in the weights folder {printable(samples.weights, 80)}")
+        raise Unavailable(f"{name} is not in the weights folder {printable(place.weights, 80)}")
     files = _model_files(path) if path.is_dir() else [path]
     if not files or len(files) > most:
         raise Unavailable(f"{name} has {len(files)} model files, expected 1 to {most}")
