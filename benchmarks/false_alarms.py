@@ -54,7 +54,7 @@ def main() -> None:
         )
     real = extract(tools.extractor, tools.reference.chunks())
     wrong, failed, seen = Counter[str](), Counter[str](), Counter[str]()
-    margins = {margin.metric: margin for margin in verdict.margins_of("quality", {})}
+    margins = {margin.measurement: margin for margin in verdict.margins_of("quality", {})}
     with reporter.task("A/A comparisons", args.repeats) as advance:
         for repeat in range(args.repeats):
             chosen = np.random.default_rng(repeat).permutation(args.pool)[: args.images]
