@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .console import Reporter, Silent
 from .errors import DitcompressError
+from .hadamard import pack_signs, rotate, signs
 from .measures import sqnr_db
 from .models.base import Axis, Layout, Site
 from .plan import LayerDecision, Plan
@@ -50,7 +51,13 @@ class Steps(Protocol):
     ) -> Tensor | None: ...
 
     def encode(
-        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int
+        self,
+        decision: LayerDecision,
+        weight: Tensor,
+        statistics: Any,
+        smooth: Tensor | None,
+        seed: int,
+        sign: Tensor | None = None,
     ) -> Any: ...
 
 
@@ -165,17 +172,26 @@ class _Worker:
             decision = self.decisions[site.name]
             weight = tensors.pop(f"{site.name}.weight").float()
             s, how = smooth.get(site.name, (None, "none"))
-            encoded = self.steps.encode(decision, weight, self.statistics.get(site.input_key), s, self._seed(site))
-            stored = stored_tensors(site.name, encoded, s if how == "online" else None, self._static(decision, site, s))
+            sign = self._sign(site)
+            statistics = self.statistics.get(site.input_key)
+            encoded = self.steps.encode(decision, weight, statistics, s, self._seed(site.name), sign)
+            extra = self._static(decision, site, s) | ({} if sign is None else {"rotate_sign": pack_signs(sign)})
+            stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
             _check(stored)
             reference = weight if s is None else weight * s
+            reference = reference if sign is None else rotate(reference, sign, decision.rotate)
             records.append(_record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
             schemes[site.name] = scheme_of(decision, how)
             tensors |= stored
         return tensors, records, schemes
 
-    def _seed(self, site: Site) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{site.name}".encode()).digest()[:7], "big")
+    def _seed(self, name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big")
+
+    def _sign(self, site: Site) -> Tensor | None:
+        """The signs of the transform, shared by all linears that read the same input."""
+        order = self.decisions[site.name].rotate
+        return signs(site.in_features, self._seed(f"rotate {site.input_key}")) if order else None
 
     def _smooth(
         self, sites: Sequence[Site], tensors: Mapping[str, Tensor]
@@ -237,6 +253,8 @@ class _Worker:
         statistics = self.statistics.get(site.input_key)
         if statistics is None:
             raise DitcompressError("E331", site.name, "static activations need statistics", "calibrate first")
+        if decision.rotate:
+            raise DitcompressError("E202", site.name, "static ranges of a rotated input are unknown", "use mode: token")
         divisor = 1 if s is None else s
         low, high = (statistics.low / divisor).min(), (statistics.high / divisor).max()
         if spec.symmetric:
@@ -271,6 +289,8 @@ def scheme_of(decision: LayerDecision, smooth: str) -> dict[str, Any]:
         "activation": asdict(decision.activation),
         "smooth": smooth,
         "rank": decision.rank,
+        "rotate": decision.rotate,
+        "low_rank_input": decision.low_rank_input,
     }
 
 

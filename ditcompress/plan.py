@@ -20,12 +20,18 @@ class ActivationSpec:
     """How a linear's input is quantized before the product.
 
     `mode`: "none" (input stays in floating point), "token" (one dynamic scale per token), "tensor" (one dynamic
-    scale for the whole tensor), "static" (a scale measured in calibration).
+    scale for the whole tensor), "static" (a scale measured in calibration). With `group`, a token has one scale for
+    each group of that many channels. `element`: "int" of `bits` bits, or a small float such as "e2m1", which decides
+    the bits. `scale`: how a group's scale is rounded: "float32", "e8m0" (OCP MX), or "e4m3" (NVFP4: the token's own
+    float32 scale times an E4M3 one).
     """
 
     mode: str = "none"
     bits: int = 8
     symmetric: bool = True
+    group: int = 0
+    element: str = "int"
+    scale: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ class LayerDecision:
     """Everything that is decided about one linear.
 
     `smooth`: "none", "fold" (into the producer of the input) or "online" (the layer divides its input);
-    `rank` of the low-rank residual kept in 16 bits (0: none); `reason`: the rule that decided.
+    `rank` of the low-rank residual kept in 16 bits (0: none); `rotate`: order of the block-diagonal Hadamard transform
+    of the (smoothed) input, 0 for none; `low_rank_input`: whether the low-rank part reads the "rounded" input or the
+    "float" one; `reason`: the rule that decided.
     """
 
     site: str
@@ -51,6 +59,8 @@ class LayerDecision:
     steps: tuple[StepSpec, ...] = ()
     smooth: str = "none"
     rank: int = 0
+    rotate: int = 0
+    low_rank_input: str = "rounded"
     reason: str = ""
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import DitcompressError, printable
+from .hadamard import block_for
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
 from .registry import nearest
 
@@ -65,6 +66,17 @@ class Activation(_Strict):
     mode: Literal["none", "token", "tensor", "static"] = "none"
     bits: int = Field(8, ge=2, le=8)
     symmetric: bool = True
+    group: int = Field(0, ge=0)
+    element: Literal["int", "e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"] = "int"
+    scale: Literal["float32", "e8m0", "e4m3"] = "float32"
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Activation:
+        if (self.group or self.scale != "float32" or self.element != "int") and self.mode != "token":
+            raise ValueError("group, element and scale of an activation need mode: token")
+        if self.scale != "float32" and not self.group:
+            raise ValueError(f"scale: {self.scale} needs a group")
+        return self
 
 
 class Rule(_Strict):
@@ -78,6 +90,8 @@ class Rule(_Strict):
     activation: Activation = Activation()
     smooth: Literal["none", "fold", "online"] = "none"
     rank: int = Field(0, ge=0)
+    rotate: Literal["none", "full"] | Annotated[int, Field(ge=2)] = "none"
+    low_rank_input: Literal["rounded", "float"] = "rounded"
     steps: tuple[StepSpec, ...] = (StepSpec("rtn"),)
 
     @field_validator("steps", mode="before")
@@ -307,9 +321,22 @@ def _block_range(text: str, blocks: Sequence[str]) -> Sequence[str]:
 
 def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
     assert rule.weight is not None
-    activation = ActivationSpec(rule.activation.mode, rule.activation.bits, rule.activation.symmetric)
+    activation = ActivationSpec(**rule.activation.model_dump())
+    rotate = 0 if rule.rotate == "none" else block_for(site.in_features, 0 if rule.rotate == "full" else rule.rotate)
+    rotate = 0 if rotate < 2 else rotate
     rank = min(rule.rank, site.in_features, site.out_features)
-    return LayerDecision(site.name, site.role, rule.weight.spec(), activation, rule.steps, rule.smooth, rank, reason)
+    return LayerDecision(
+        site.name,
+        site.role,
+        rule.weight.spec(),
+        activation,
+        rule.steps,
+        rule.smooth,
+        rank,
+        rotate,
+        rule.low_rank_input,
+        reason,
+    )
 
 
 def canonical(recipe: Recipe) -> str:

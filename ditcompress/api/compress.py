@@ -240,7 +240,7 @@ def quantize_facts(result: QuantizeResult) -> dict[str, Any]:
 
 def check_recipe(recipe: Recipe) -> None:
     """Validate every step and format of a recipe without a model."""
-    from ..plan import ActivationSpec, LayerDecision
+    from ..plan import LayerDecision
 
     layers = []
     for number, rule in enumerate(recipe.rules):
@@ -250,11 +250,10 @@ def check_recipe(recipe: Recipe) -> None:
                     "",
                     "",
                     rule.weight.spec(),
-                    ActivationSpec(),
-                    rule.steps,
-                    rule.smooth,
-                    rule.rank,
-                    f"rule {number + 1}",
+                    steps=rule.steps,
+                    smooth=rule.smooth,
+                    rank=rule.rank,
+                    reason=f"rule {number + 1}",
                 )
             )
     check_plan(Plan(tuple(layers)))

@@ -13,7 +13,7 @@ from ..exporters import registry as exporters
 from ..loading import meta_model, open_model
 from ..models import account, adapter_for, build_meta
 from ..registry import nearest
-from ..runtime.linear import PackedLinear
+from ..runtime.linear import PackedLinear, described
 from .calibration import pick_dtype
 
 
@@ -72,9 +72,8 @@ def _layer(checkpoint: Checkpoint, site: Any, packed: PackedLinear | None) -> di
         scheme = packed.scheme
         spec, activation = scheme.weight, scheme.activation
         parts = [f"{spec.format}{spec.params.get('bits', '')} {spec.params.get('layout', '')}".strip()]
-        parts.append(
-            "float input" if activation.mode == "none" else f"int{activation.bits} input per {activation.mode}"
-        )
+        parts.append(f"{described(activation)} input")
+        parts += [f"hadamard {scheme.rotate}"] if scheme.rotate else []
         parts += [f"smoothing {scheme.smooth}"] if scheme.smooth != "none" else []
         parts += [f"rank {scheme.rank}"] if scheme.rank else []
         done, bits = ", ".join(parts), 8 * packed.stored_bytes / (packed.in_features * packed.out_features)

@@ -28,10 +28,16 @@ class RecipeSteps:
         return None
 
     def encode(
-        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int
+        self,
+        decision: LayerDecision,
+        weight: Tensor,
+        statistics: Any,
+        smooth: Tensor | None,
+        seed: int,
+        sign: Tensor | None = None,
     ) -> Encoded:
         generator = torch.Generator().manual_seed(seed)
-        layer = Layer(decision, weight, statistics, smooth, generator)
+        layer = Layer(decision, weight, statistics, smooth, sign, generator)
         module, params = step_module(_encoder(decision))
         return module.encode(layer, params)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import DitcompressError
 from ..formats.base import PackedWeight, StrictParams, dequantize, resolve
+from ..hadamard import rotate
 from ..plan import LayerDecision, StepSpec
 from ..registry import Registry, nearest
 
@@ -41,31 +42,44 @@ class InputStatistics(Protocol):
 @dataclass(frozen=True)
 class Layer:
     """One linear on its way to its stored form. `weight` is not smoothed yet; `smooth` (in,) or None is what its
-    input will be divided by; `statistics` describe the input before that division."""
+    input will be divided by; `sign` (in,) or None the signs of its Hadamard transform, of order `decision.rotate`;
+    `statistics` describe the input before both."""
 
     decision: LayerDecision
     weight: Tensor
     statistics: InputStatistics | None = None
     smooth: Tensor | None = None
+    sign: Tensor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property
     def name(self) -> str:
         return self.decision.site
 
-    def smoothed_weight(self) -> Tensor:
-        return self.weight if self.smooth is None else self.weight * self.smooth
+    def effective_weight(self) -> Tensor:
+        """The weight that meets the smoothed and rotated input, (out, in)."""
+        weight = self.weight if self.smooth is None else self.weight * self.smooth
+        return weight if self.sign is None else rotate(weight, self.sign, self.decision.rotate)
+
+    def effective_tokens(self) -> Tensor:
+        """The reservoir's tokens as the linear sees them, smoothed and rotated, float32 (rows, in)."""
+        tokens = need(self.statistics, self.name).reservoir.float()
+        tokens = tokens if self.smooth is None else tokens / self.smooth
+        return tokens if self.sign is None else rotate(tokens, self.sign, self.decision.rotate)
 
     def gram(self) -> Tensor:
-        """Gram matrix of the smoothed input, float64 (in, in); E331 when calibration did not keep it."""
+        """Gram matrix of the smoothed and rotated input, float64 (in, in); E331 when calibration did not keep it."""
         gram = need(self.statistics, self.name).gram
         if gram is None:
             raise DitcompressError("E331", self.name, "its Gram matrix was not gathered", "calibrate for this recipe")
         gram = gram.double()
-        if self.smooth is None:
-            return gram
-        inverse = 1 / self.smooth.double()
-        return gram * inverse[:, None] * inverse[None, :]
+        if self.smooth is not None:
+            inverse = 1 / self.smooth.double()
+            gram = gram * inverse[:, None] * inverse[None, :]
+        if self.sign is not None:
+            half = rotate(gram, self.sign.double(), self.decision.rotate)
+            gram = rotate(half.t(), self.sign.double(), self.decision.rotate)
+        return gram
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Params(StrictParams):
 def encode(layer: Layer, params: Params) -> Encoded:
     """Codes nearest to the smoothed weight; with statistics, the clip search is weighted by channel energy."""
     fmt, format_params = resolve(layer.decision.weight)
-    weight = layer.smoothed_weight().float()
+    weight = layer.effective_weight().float()
     has_gram = layer.statistics is not None and layer.statistics.gram is not None
     grid = fmt.fit(weight, format_params, layer.gram().diagonal().float() if has_gram else None)
     return Encoded(pack(layer, fmt.code(weight, grid, format_params), grid))

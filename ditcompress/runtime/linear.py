@@ -1,6 +1,7 @@
 """The linear layer that runs a packed weight: what is in memory is what is on disk.
 
-forward: x / smooth (where smoothing is online) -> quantize the input -> product -> + low-rank part -> + bias.
+forward: x / smooth (where smoothing is online) -> Hadamard (where rotated) -> quantize the input -> product -> +
+low-rank part, of the quantized input (as DiTAS) or of the float one (as SVDQuant) -> + bias.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.base import dequantize
+from ..hadamard import rotate, unpack_signs, unrotate
+from ..plan import ActivationSpec
 from .ops import cpu_int8, reference
 from .ops.quantize_activation import fake_quantize, quantize_token, quantize_token_asymmetric
 from .scheme import Scheme
@@ -26,9 +29,19 @@ def kernel_for(scheme: Scheme, device: torch.device) -> str:
         and weight.params.get("layout", "row") == "row"
         and weight.params.get("symmetric", True)
     )
-    if device.type == "cpu" and plain_int8 and activation.mode == "token" and cpu_int8.available():
+    plain_token = activation.mode == "token" and activation.element == "int" and not activation.group
+    if device.type == "cpu" and plain_int8 and plain_token and cpu_int8.available():
         return cpu_int8.NAME
     return reference.NAME
+
+
+def described(spec: ActivationSpec) -> str:
+    """How an input is quantized, in a word: float, int8/token, e2m1/token g16 e4m3."""
+    if spec.mode == "none":
+        return "float"
+    name = f"int{spec.bits}" if spec.element == "int" else spec.element
+    group = f" g{spec.group}" if spec.group else ""
+    return f"{name}/{spec.mode}{group}{'' if spec.scale == 'float32' else f' {spec.scale}'}"
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +50,7 @@ class PackedLinear(nn.Module):
     qweight: Tensor
     scale: Tensor
     smooth: Tensor
+    rotate_sign: Tensor
     low_rank_up: Tensor
     low_rank_down: Tensor
     input_scale: Tensor
@@ -74,6 +88,8 @@ class PackedLinear(nn.Module):
         """The float32 weight (out, in) of the original linear as approximated: decoded, unsmoothed, low rank added.
         For code that looks at `linear.weight` (dtype, device, export); the forward pass does not use it."""
         weight = self.dequantize()
+        if self.scheme.rotate:
+            weight = unrotate(weight, self._sign(), self.scheme.rotate)
         return weight / self.smooth if self.scheme.smooth == "online" else weight
 
     @property
@@ -91,19 +107,25 @@ class PackedLinear(nn.Module):
             weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
         return weight
 
+    def _sign(self) -> Tensor:
+        return unpack_signs(self.rotate_sign, self.in_features)
+
     def _decoded(self) -> Tensor:
         return dequantize(self.scheme.weight, self.stored_tensors(), (self.out_features, self.in_features))
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
         bits = 8 * self.stored_bytes / (self.in_features * self.out_features)
-        inputs = "float" if activation.mode == "none" else f"int{activation.bits}/{activation.mode}"
-        return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {inputs}"
+        inputs = described(activation)
+        more = f", hadamard {self.scheme.rotate}" if self.scheme.rotate else ""
+        return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {inputs}{more}"
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         if self.scheme.smooth == "online":
             x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
+        if self.scheme.rotate:
+            x = rotate(x.float(), self._sign(), self.scheme.rotate)
         integer = kernel_for(self.scheme, x.device) == cpu_int8.NAME
         y = self._integer(x, dtype) if integer else self._reference(x, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
@@ -122,7 +144,7 @@ class PackedLinear(nn.Module):
         y = cpu_int8.product(codes, scale, zero, self.qweight, self.scale, row_sum)
         if self.scheme.rank:
             rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
-            y = y + self._low_rank(rounded)
+            y = y + self._low_rank(x.float() if self.scheme.low_rank_input == "float" else rounded)
         return y.to(dtype)
 
     def _reference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +156,9 @@ class PackedLinear(nn.Module):
             zero = self.input_zero if spec.mode == "static" and not spec.symmetric else None
             rounded = fake_quantize(x, spec, scale, zero).to(dtype)
         y = reference.product(rounded, self._decoded().to(dtype))
-        return y + self._low_rank(rounded) if self.scheme.rank else y
+        if not self.scheme.rank:
+            return y
+        return y + self._low_rank(x.to(dtype) if self.scheme.low_rank_input == "float" else rounded)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down = torch.nn.functional.linear(x, self.low_rank_down.to(x.dtype))

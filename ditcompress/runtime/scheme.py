@@ -36,6 +36,9 @@ class _Activation(Strict):
     mode: Literal["none", "token", "tensor", "static"] = "none"
     bits: int = Field(8, ge=2, le=8)
     symmetric: bool = True
+    group: int = Field(0, ge=0)
+    element: Literal["int", "e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"] = "int"
+    scale: Literal["float32", "e8m0", "e4m3"] = "float32"
 
 
 class _Fields(Strict):
@@ -43,6 +46,8 @@ class _Fields(Strict):
     activation: _Activation
     smooth: Literal["none", "fold", "online"]
     rank: int = Field(ge=0, le=MOST_RANK)
+    rotate: int = Field(0, ge=0)
+    low_rank_input: Literal["rounded", "float"] = "rounded"
 
 
 def refuse(where: str, error: ValidationError) -> DitcompressError:
@@ -54,13 +59,15 @@ def refuse(where: str, error: ValidationError) -> DitcompressError:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What replaces a weight, how the input is rounded, whether it is divided by a smoothing vector, and the rank of
-    the low-rank part."""
+    """What replaces a weight, how the input is rounded, whether it is divided by a smoothing vector before, the rank of
+    the low-rank part, and the order of the Hadamard transform of the (smoothed) input, 0 for none."""
 
     weight: WeightSpec
     activation: ActivationSpec = field(default_factory=ActivationSpec)
     smooth: str = "none"
     rank: int = 0
+    rotate: int = 0
+    low_rank_input: str = "rounded"
 
     @staticmethod
     def from_json(value: Mapping[str, Any], where: str = WHERE) -> Scheme:
@@ -76,7 +83,14 @@ class Scheme:
             raise refuse(f"{where}.weight.params", error) from None
         except DitcompressError as error:  # a format we do not have: the input's fault here, not the command line's
             raise DitcompressError("E320", f"{where}.weight.format", error.what, "upgrade ditcompress") from None
-        return Scheme(weight, ActivationSpec(**fields.activation.model_dump()), fields.smooth, fields.rank)
+        return Scheme(
+            weight,
+            ActivationSpec(**fields.activation.model_dump()),
+            fields.smooth,
+            fields.rank,
+            fields.rotate,
+            fields.low_rank_input,
+        )
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """{suffix: (shape, dtype)} of everything stored in place of a weight (out, in)."""
@@ -87,6 +101,8 @@ class Scheme:
             stored["low_rank_down"] = ((self.rank, columns), torch.bfloat16)
         if self.smooth == "online":
             stored["smooth"] = ((columns,), torch.float32)
+        if self.rotate:
+            stored["rotate_sign"] = ((-(-columns // 8),), torch.uint8)
         if self.activation.mode == "static":
             stored["input_scale"] = ((1,), torch.float32)
             if not self.activation.symmetric:

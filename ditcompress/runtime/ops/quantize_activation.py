@@ -3,6 +3,10 @@
 x: (..., in) float. Symmetric: scale = amax / (2^(b-1) - 1), codes within +-(2^(b-1) - 1). Asymmetric:
 scale = (max - min) / (2^b - 1) over a range that contains 0, integer zero. Per-tensor asymmetric is DiTAS's rule
 (scale = (max - min) / 2^b, no demand on 0), kept because its recipe is faithful.
+
+With `group`, every run of that many channels of a token has its own scale; a last run may be shorter. Small floats
+(`element`) take scale = amax / largest value, rounded as `scale` says: "e8m0" by the rule of OCP MX v1.0 (5.1: the
+exponent of amax minus that of the largest value), "e4m3" as NVFP4: E4M3 times the token's own float32 scale.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...formats import _floats
 from ...plan import ActivationSpec
 
 TINY = 1e-12  # scale of an all-zero token
@@ -46,6 +51,8 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, scale: Tensor | None = None, 
         return x.float()
     if spec.mode == "static":
         return _static(x.float(), spec, scale, zero)
+    if spec.mode == "token" and (spec.group or spec.element != "int"):
+        return _grouped(x.float(), spec)
     if spec.mode == "token":
         if spec.symmetric:
             codes, step = quantize_token(x, spec.bits)
@@ -53,6 +60,44 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, scale: Tensor | None = None, 
         codes, step, shift = quantize_token_asymmetric(x, spec.bits)
         return (codes.float() - shift) * step
     return _per_tensor(x.float(), spec)
+
+
+def _grouped(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """Tokens in groups of channels, integers or small floats."""
+    width = x.shape[-1]
+    group = min(spec.group or width, width)
+    padded = torch.nn.functional.pad(x, (0, -width % group))
+    parts = padded.reshape(*x.shape[:-1], -1, group)
+    if spec.element != "int":
+        parts = _small_float(parts, spec)
+    elif spec.symmetric:
+        top = 2 ** (spec.bits - 1) - 1
+        scale = (parts.abs().amax(-1, keepdim=True) / top).clamp_min(TINY)
+        scale = rounded_scale(scale, spec.scale, top)
+        parts = torch.round(parts / scale).clamp_(-top, top) * scale
+    else:
+        low, high = parts.amin(-1, keepdim=True).clamp_max_(0), parts.amax(-1, keepdim=True).clamp_min_(0)
+        scale = ((high - low) / (2**spec.bits - 1)).clamp_min(TINY)
+        zero = torch.round(-low / scale)
+        parts = ((torch.round(parts / scale) + zero).clamp_(0, 2**spec.bits - 1) - zero) * scale
+    return parts.reshape(padded.shape)[..., :width]
+
+
+def _small_float(parts: Tensor, spec: ActivationSpec) -> Tensor:
+    top = _floats.largest(spec.element)
+    scale = rounded_scale((parts.abs().amax(-1, keepdim=True) / top).clamp_min(TINY), spec.scale, top)
+    return _floats.nearest(parts / scale, spec.element) * scale
+
+
+def rounded_scale(scale: Tensor, kind: str, top: float) -> Tensor:
+    """Scales (..., groups, 1) as a format stores them; `top` is the largest code that they multiply."""
+    if kind == "e8m0":
+        spare = torch.log2(torch.tensor(top)).floor()
+        return torch.exp2((torch.log2(scale * top).floor() - spare).clamp(-127, 127))
+    if kind == "e4m3":
+        outer = (scale.amax(-2, keepdim=True) / _floats.largest("e4m3")).clamp_min(TINY)
+        return _floats.nearest(scale / outer, "e4m3").clamp_min(2.0**-9) * outer
+    return scale
 
 
 def _static(x: Tensor, spec: ActivationSpec, scale: Tensor | None, zero: Tensor | None) -> Tensor:
