@@ -125,8 +125,8 @@ def quantize(
             _copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
         card = quantized_card(
-            target.name, path.name, checkpoint.class_name, chosen.to_json(), outcome.records, checkpoint.total_bytes,
-            size, checkpoint.pipeline is not None,
+            f"{path.name}-{chosen.name}", path.name, checkpoint.class_name, chosen.to_json(), outcome.records,
+            checkpoint.total_bytes, size, checkpoint.pipeline is not None,
         )  # fmt: skip
         (partial / "README.md").write_text(card, encoding="utf-8")
     remove_work(journal)
