@@ -25,6 +25,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"element": "e2m1", "layout": "group", "group": 16, "scale": "float16", "clip": 12},
         {"element": "e3m0", "layout": "group", "group": 16, "scale": "uint8", "clip": 12},
     ],
+    "nf4": [{}, {"block": 16, "scale": "float16", "clip": 8}, {"block": 32, "scale": "uint8"}, {"scale": "bfloat16"}],
 }
 SHAPES = {"even": (64, 96), "ragged": (37, 50), "one row": (1, 33)}
 ROWS = [(name, params) for name, rows in CASES.items() for params in rows]
