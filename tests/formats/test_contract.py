@@ -26,6 +26,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"element": "e3m0", "layout": "group", "group": 16, "scale": "uint8", "clip": 12},
     ],
     "nf4": [{}, {"block": 16, "scale": "float16", "clip": 8}, {"block": 32, "scale": "uint8"}, {"scale": "bfloat16"}],
+    "mx": [
+        *({"element": e} for e in ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")),
+        {"element": "e2m1", "scale": "best"},
+        {"element": "e3m2", "scale": "even"},
+    ],
+    "nvfp4": [{}, {"four_over_six": True}, {"clip": 8, "four_over_six": True}],
 }
 SHAPES = {"even": (64, 96), "ragged": (37, 50), "one row": (1, 33)}
 ROWS = [(name, params) for name, rows in CASES.items() for params in rows]
