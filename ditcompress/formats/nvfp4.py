@@ -2,8 +2,7 @@
 
 Tensor scale (float32) = largest magnitude / (448 * 6), so that the largest block scale is 448, the top of E4M3. Block
 scales stay at or above 2**-6 as in torchao. `four_over_six` (Cook et al. 2025) also tries the scale that maps the
-largest magnitude of a block to 4 instead of 6, since e2m1 has nothing between
-4 and 6. Codes are the bit patterns of e2m1.
+largest magnitude of a block to 4 instead of 6, since e2m1 has nothing in between. Codes are bit patterns of e2m1.
 Shapes: N rows (out), K columns (in), B blocks in a row; the last block of a row may be shorter.
 """
 

@@ -32,6 +32,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"element": "e3m2", "scale": "even"},
     ],
     "nvfp4": [{}, {"four_over_six": True}, {"clip": 8, "four_over_six": True}],
+    "ternary": [
+        {},
+        {"layout": "tensor", "packing": "base3"},
+        {"layout": "group", "group": 16, "scale": "uint8", "fit": "least_squares"},
+        {"layout": "row", "scale": "float16", "packing": "base3", "fit": "least_squares"},
+    ],
 }
 SHAPES = {"even": (64, 96), "ragged": (37, 50), "one row": (1, 33)}
 ROWS = [(name, params) for name, rows in CASES.items() for params in rows]
