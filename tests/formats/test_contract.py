@@ -38,6 +38,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"layout": "group", "group": 16, "scale": "uint8", "fit": "least_squares"},
         {"layout": "row", "scale": "float16", "packing": "base3", "fit": "least_squares"},
     ],
+    "vq": [
+        {"bits": 6},
+        {"bits": 4, "dim": 3, "row_scale": True},
+        {"bits": 5, "dim": 2, "rows": 16, "init": "random"},
+        {"bits": 10, "dim": 8, "rows": 24, "row_scale": True, "iterations": 4},
+        {"bits": 12, "dim": 1, "iterations": 2},
+    ],
 }
 SHAPES = {"even": (64, 96), "ragged": (37, 50), "one row": (1, 33)}
 ROWS = [(name, params) for name, rows in CASES.items() for params in rows]
