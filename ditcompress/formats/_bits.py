@@ -1,4 +1,4 @@
-"""Dense packing of b-bit codes into bytes, b = 1..8, row by row."""
+"""Dense packing of b-bit codes into bytes, b = 1..16, row by row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 codes of shape (rows, columns)."""
+    """The inverse of `pack_bits`: codes of shape (rows, columns), uint8, or int32 where more than 8 bits need it."""
     rows = packed.shape[0]
     if bits == 8:
         return packed
@@ -37,4 +37,5 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
         return torch.stack((packed & 15, packed >> 4), -1).reshape(rows, -1)[:, :columns]
     flat = ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).reshape(rows, -1)
     flat = flat[:, : columns * bits].reshape(rows, columns, bits)
-    return (flat << torch.arange(bits, device=packed.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    dtype = torch.uint8 if bits < 8 else torch.int32
+    return (flat.to(dtype) << torch.arange(bits, device=packed.device, dtype=dtype)).sum(-1).to(dtype)

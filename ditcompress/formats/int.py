@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from . import _scales
 from ._bits import pack_bits, packed_width, unpack_bits
 from .base import StrictParams
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SMALLEST = torch.finfo(torch.float16).tiny  # below it float16 loses precision
 
 
@@ -57,37 +57,11 @@ class Grid:
 
 
 def _grid_shape(params: Params, shape: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = shape
-    return {
-        "tensor": (1, 1),
-        "row": (rows, 1),
-        "group": (rows, -(-columns // params.group)),
-        "column_group": (-(-rows // params.group), columns),
-    }[params.layout]
+    return _scales.grid_shape(params.layout, params.group, shape)
 
 
 def _expand(values: Tensor, params: Params, shape: tuple[int, int], columns: slice) -> Tensor:
-    """Grid values broadcastable against the weight columns `columns`."""
-    rows, _ = shape
-    if params.layout == "group":
-        index = torch.arange(columns.start, columns.stop, device=values.device) // params.group
-        return values[:, index]
-    if params.layout == "column_group":
-        return values[torch.arange(rows, device=values.device) % values.shape[0]][:, columns]
-    return values
-
-
-def _grouped(weight: Tensor, params: Params, fill: float) -> Tensor:
-    """The weight with one group per row of the last dimension: (*grid shape, members), padded with `fill`."""
-    rows, columns = weight.shape
-    grid_rows, grid_columns = _grid_shape(params, (rows, columns))
-    pad = torch.nn.functional.pad
-    if params.layout == "group":
-        return pad(weight, (0, grid_columns * params.group - columns), value=fill).reshape(rows, grid_columns, -1)
-    if params.layout == "column_group":  # members: rows o with the same o mod (N / group)
-        padded = pad(weight, (0, 0, 0, grid_rows * params.group - rows), value=fill)
-        return padded.reshape(params.group, grid_rows, columns).permute(1, 2, 0)
-    return weight.reshape(grid_rows, 1, -1)
+    return _scales.expand(values, params.layout, params.group, shape, columns)
 
 
 def _code_range(params: Params) -> tuple[int, int]:
@@ -111,38 +85,30 @@ def _scale_zero(low: Tensor, high: Tensor, params: Params) -> tuple[Tensor, Tens
     return scale, zero.clamp(0, highest) if params.zero == "code" else zero.clamp(-(2**15), 2**15 - 1)
 
 
-def _store_scale(scale: Tensor, params: Params) -> tuple[Tensor, Tensor | None]:
-    """The scale as it will be read back, and the row scale of the two-level form."""
-    if params.scale != "uint8":
-        return scale.to(_DTYPES[params.scale]).float(), None
-    row = (scale.amax(1, keepdim=True) / 255).clamp_min(_SMALLEST).to(torch.float16).float()
-    return torch.round(scale / row).clamp(1, 255) * row, row
-
-
 def make_grid(scale: Tensor, zero: Tensor | None, params: Params) -> Grid:
     """A grid whose scales are rounded to their stored precision."""
-    stored, row = _store_scale(scale, params)
-    return Grid(stored, zero, row)
+    row = _scales.row_scales(scale, params.scale, _SMALLEST)
+    return Grid(_scales.rounded(scale, params.scale, row), zero, row)
 
 
 def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Grid:
     """The grid of a weight (N, K); `importance` (K,) weights the columns' squared errors in the clip search."""
-    groups = _grouped(weight, params, 0.0)
-    importance = torch.ones_like(weight[0]) if importance is None else importance
-    cost = _grouped(importance.expand_as(weight), params, 0.0)
+    groups = _scales.grouped(weight, params.layout, params.group)
+    cost = _scales.costs(weight, importance, params.layout, params.group)
     low, high = groups.amin(-1), groups.amax(-1)
-    best_scale, best_zero = _scale_zero(low, high, params)
-    if params.clip > 1:
-        least = torch.full_like(low, float("inf"))
-        for shrink in torch.linspace(1.0, 0.4, params.clip).tolist():
-            scale, zero = _scale_zero(low * shrink, high * shrink, params)
-            stored, _ = _store_scale(scale, params) if params.scale != "uint8" else (scale, None)
-            error = (_round_trip(groups, stored.unsqueeze(-1), zero, params) - groups).square().mul(cost).sum(-1)
-            better = error < least
-            least = torch.where(better, error, least)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = None if zero is None or best_zero is None else torch.where(better, zero, best_zero)
-    return make_grid(best_scale, best_zero, params)
+    if params.clip == 1:
+        return make_grid(*_scale_zero(low, high, params), params)
+
+    def decode(values: Tensor, candidate: tuple[Tensor, ...]) -> Tensor:
+        scale = candidate[0]
+        if params.scale != "uint8":  # the row scale of the two-level form is only known after the search
+            scale = _scales.rounded(scale, params.scale, None)
+        return _round_trip(values, scale.unsqueeze(-1), candidate[1] if len(candidate) > 1 else None, params)
+
+    ranges = ((low * shrink, high * shrink) for shrink in torch.linspace(1.0, 0.4, params.clip).tolist())
+    pairs = (_scale_zero(lowest, highest, params) for lowest, highest in ranges)
+    best = _scales.least_error(groups, cost, ((s,) if z is None else (s, z) for s, z in pairs), decode)
+    return make_grid(best[0], best[1] if len(best) > 1 else None, params)
 
 
 def _round_trip(groups: Tensor, scale: Tensor, zero: Tensor | None, params: Params) -> Tensor:
@@ -151,16 +117,12 @@ def _round_trip(groups: Tensor, scale: Tensor, zero: Tensor | None, params: Para
     return (codes - offset) * scale
 
 
-def _slice(weight_columns: int, columns: slice | None) -> slice:
-    return slice(0, weight_columns) if columns is None else columns
-
-
 def code(
     weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
 ) -> Tensor:
     """Nearest codes, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
-    where = _slice(shape[1], columns)
+    where = _scales.whole(shape[1], columns)
     codes = torch.round(weight / _expand(grid.scale, params, shape, where))
     if grid.zero is not None:
         codes = codes + _expand(grid.zero, params, shape, where)
@@ -172,7 +134,7 @@ def value(
 ) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])
-    where = _slice(shape[1], columns)
+    where = _scales.whole(shape[1], columns)
     if grid.zero is not None:
         codes = codes - _expand(grid.zero, params, shape, where)
     return codes * _expand(grid.scale, params, shape, where)
@@ -187,10 +149,7 @@ def layout(params: Params, shape: tuple[int, int]) -> dict[str, tuple[tuple[int,
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((rows, width), torch.int8 if plain_int8 else torch.uint8)
     }
-    if params.scale == "uint8":
-        stored |= {"scale": (grid, torch.uint8), "row_scale": ((rows, 1), torch.float16)}
-    else:
-        stored["scale"] = (grid, _DTYPES[params.scale])
+    stored |= _scales.declare(params.scale, grid)
     if not params.symmetric:
         code_zero = ((grid[0], packed_width(grid[1], params.bits)), torch.uint8)
         stored["zero"] = code_zero if params.zero == "code" else (grid, torch.int16)
@@ -202,14 +161,7 @@ def pack(codes: Tensor, grid: Grid, params: Params) -> dict[str, Tensor]:
     lowest, _ = _code_range(params)
     plain = params.bits == 8 and params.symmetric
     packed = codes.to(torch.int8) if plain else pack_bits(codes - lowest, params.bits)
-    if params.scale == "uint8":
-        assert grid.row_scale is not None
-        scales = {
-            "scale": torch.round(grid.scale / grid.row_scale).to(torch.uint8),
-            "row_scale": grid.row_scale.to(torch.float16),
-        }
-    else:
-        scales = {"scale": grid.scale.to(_DTYPES[params.scale])}
+    scales = _scales.store(grid.scale, grid.row_scale, params.scale)
     zeros = {}
     if grid.zero is not None:
         zeros["zero"] = pack_bits(grid.zero, params.bits) if params.zero == "code" else grid.zero.to(torch.int16)
@@ -224,13 +176,11 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
         codes = packed.to(torch.int32)
     else:
         codes = unpack_bits(packed, params.bits, shape[1]).to(torch.int32) + lowest
-    row = tensors["row_scale"].float() if params.scale == "uint8" else None
-    scale = tensors["scale"].float()
-    scale = scale if row is None else scale * row
+    scales = _scales.load(tensors, params.scale)
     zero = None
     if not params.symmetric:
         zero = tensors["zero"]
         if params.zero == "code":
             zero = unpack_bits(zero, params.bits, _grid_shape(params, shape)[1])
         zero = zero.to(torch.int32)
-    return codes, Grid(scale, zero, row)
+    return codes, Grid(scales.scale, zero, scales.row_scale)

@@ -20,10 +20,11 @@ def weight(shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 10, 12, 16])
 @pytest.mark.parametrize("columns", [1, 7, 8, 33])
 def test_packing_bits_is_exact_at_every_width(bits: int, columns: int) -> None:
-    codes = torch.randint(0, 2**bits, (5, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (5, columns), generator=torch.Generator().manual_seed(1))
+    codes = codes.to(torch.uint8 if bits <= 8 else torch.int32)
     packed = _bits.pack_bits(codes, bits)
     assert packed.shape == (5, (columns * bits + 7) // 8)
     assert torch.equal(_bits.unpack_bits(packed, bits, columns), codes)

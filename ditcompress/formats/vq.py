@@ -1,0 +1,150 @@
+"""Vector quantization: value = row scale * codebook[code], the codebook found by k-means (VQ4DiT, Deng et al. 2024).
+
+A vector is `dim` consecutive input columns of a row; 2**bits entries are shared by the whole matrix or by each block
+of `rows` output rows, so a weight costs bits / dim bits and the codebook. The last vector of a row is compared on the
+columns that exist. The code of a vector is repeated on each of its columns, so that codes have the shape of the
+weight as in every format; columns are coded `width(params)` at a time.
+Shapes: N rows (out), K columns (in), V vectors in a row, B codebooks, C entries, d columns of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from . import _kmeans, _scales
+from ._bits import pack_bits, packed_width, unpack_bits
+from .base import StrictParams
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class Params(StrictParams):
+    """`rows`: output rows that share a codebook (None: all). `row_scale`: rows are divided by a float16 root mean
+    square first."""
+
+    bits: int = Field(8, ge=1, le=12)
+    dim: int = Field(4, ge=1, le=32)
+    rows: int | None = Field(None, ge=1)
+    row_scale: bool = False
+    init: Literal["kmeans++", "random"] = "kmeans++"
+    iterations: int = Field(25, ge=0, le=1000)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`codebook` (B, C, d) and `row_scale` (N, 1) or None, float32 holding float16 values; `rows` of a codebook."""
+
+    codebook: Tensor
+    row_scale: Tensor | None
+    rows: int
+
+
+def width(params: Params) -> int:
+    """Columns that are coded together."""
+    return params.dim
+
+
+def _vectors(weight: Tensor, dim: int) -> Tensor:
+    """(N, K) to (N, V, d), zeros at the end."""
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % dim)).reshape(len(weight), -1, dim)
+
+
+def _importance(weight: Tensor, importance: Tensor | None, dim: int) -> Tensor:
+    """Cost of an error in each element of a vector, (1, V, d): one number per vector, because `code` knows no
+    importance and must choose the same entry; 0 for padding."""
+    real = _vectors(torch.ones_like(weight[:1]), dim)
+    if importance is None:
+        return real
+    mean = _vectors(importance.to(weight)[None], dim).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
+    return real * mean / importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Grid:
+    """The grid of a weight (N, K); `importance` (K,) weights the vectors of those columns."""
+    scale = None
+    if params.row_scale:
+        scale = weight.square().mean(1, keepdim=True).sqrt()
+        scale = scale.clamp(_scales.SMALLEST["float16"], _LARGEST).to(torch.float16).float()
+        weight = weight / scale
+    vectors = _vectors(weight, params.dim)
+    cost = _importance(weight, importance, params.dim).expand_as(vectors)
+    if scale is not None:  # an error in a large row costs more
+        cost = cost * (scale / scale.amax()).square().unsqueeze(-1)
+    rows = params.rows or len(weight)
+    codebooks = [
+        _kmeans.kmeans(v.flatten(0, 1), c.flatten(0, 1), 2**params.bits, params.init, params.iterations, params.seed)
+        for v, c in zip(vectors.split(rows), cost.split(rows), strict=True)
+    ]
+    stored = torch.stack(codebooks).clamp(-_LARGEST, _LARGEST).to(torch.float16).float()
+    return Grid(stored, scale, rows)
+
+
+def code(
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+) -> Tensor:
+    """Nearest entries, int32, repeated on the columns of each vector: the shape of `weight`.
+
+    With `columns`, `weight` holds only those columns of a matrix of `shape`; they must be whole vectors.
+    """
+    shape = shape or (weight.shape[0], weight.shape[1])
+    where = _scales.whole(shape[1], columns)
+    if where.start % params.dim or (where.stop % params.dim and where.stop != shape[1]):
+        raise ValueError(f"columns {where.start}:{where.stop} are not whole vectors of {params.dim}")
+    # float64: distances are differences of products, and coding a decoded vector must find the same entry
+    weight = weight.double() if grid.row_scale is None else weight.double() / grid.row_scale
+    vectors, real = _vectors(weight, params.dim), _vectors(torch.ones_like(weight), params.dim)
+    indices = [
+        _kmeans.nearest(v.flatten(0, 1), r.flatten(0, 1), book.double())[0].reshape(v.shape[:2])
+        for v, r, book in zip(vectors.split(grid.rows), real.split(grid.rows), grid.codebook, strict=True)
+    ]
+    return torch.cat(indices).repeat_interleave(params.dim, 1)[:, : weight.shape[1]].to(torch.int32)
+
+
+def value(
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+) -> Tensor:
+    """Float32 values of codes (N, K), or of any `columns` of a matrix of `shape`."""
+    where = _scales.whole(codes.shape[1], columns)
+    block = torch.arange(len(codes), device=codes.device) // grid.rows
+    place = torch.arange(where.start, where.stop, device=codes.device) % params.dim
+    values = grid.codebook[block[:, None], codes.long(), place]
+    return values if grid.row_scale is None else values * grid.row_scale
+
+
+def layout(params: Params, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the stored tensors."""
+    rows, columns = shape
+    books = 1 if params.rows is None else -(-rows // params.rows)
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((rows, packed_width(-(-columns // params.dim), params.bits)), torch.uint8),
+        "codebook": ((books, 2**params.bits, params.dim), torch.float16),
+    }
+    if params.row_scale:
+        stored["row_scale"] = ((rows, 1), torch.float16)
+    return stored
+
+
+def pack(codes: Tensor, grid: Grid, params: Params) -> dict[str, Tensor]:
+    """The stored tensors, as `layout` declares them: one index for each vector."""
+    stored = {
+        "qweight": pack_bits(codes[:, :: params.dim], params.bits).contiguous(),
+        "codebook": grid.codebook.to(torch.float16).contiguous(),
+    }
+    if grid.row_scale is not None:
+        stored["row_scale"] = grid.row_scale.to(torch.float16).contiguous()
+    return stored
+
+
+def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Grid]:
+    """Codes (int32) and grid from the stored tensors."""
+    indices = unpack_bits(tensors["qweight"], params.bits, -(-shape[1] // params.dim)).to(torch.int32)
+    codes = indices.repeat_interleave(params.dim, 1)[:, : shape[1]]
+    scale = tensors["row_scale"].float() if params.row_scale else None
+    return codes, Grid(tensors["codebook"].float(), scale, params.rows or shape[0])
