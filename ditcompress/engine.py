@@ -50,6 +50,10 @@ class Steps(Protocol):
         self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any
     ) -> Tensor | None: ...
 
+    def static(
+        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, sign: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
     def encode(
         self,
         decision: LayerDecision,
@@ -175,7 +179,9 @@ class _Worker:
             sign = self._sign(site)
             statistics = self.statistics.get(site.input_key)
             encoded = self.steps.encode(decision, weight, statistics, s, self._seed(site.name), sign)
-            extra = self._static(decision, site, s) | ({} if sign is None else {"rotate_sign": pack_signs(sign)})
+            extra = self._static(decision, weight, site, s) | (
+                {} if sign is None else {"rotate_sign": pack_signs(sign)}
+            )
             stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
             _check(stored)
             reference = weight if s is None else weight * s
@@ -245,23 +251,12 @@ class _Worker:
             wide[name] = wide[name].to(original[name] if narrow else torch.float32)
         return wide
 
-    def _static(self, decision: LayerDecision, site: Site, s: Tensor | None) -> dict[str, Tensor]:
-        """Scale (and zero) of a statically quantized input, from the calibrated range."""
-        spec = decision.activation
-        if spec.mode != "static":
+    def _static(self, decision: LayerDecision, weight: Tensor, site: Site, s: Tensor | None) -> dict[str, Tensor]:
+        """Scale (and zero) of a statically quantized input."""
+        if decision.activation.mode != "static":
             return {}
-        statistics = self.statistics.get(site.input_key)
-        if statistics is None:
-            raise DitcompressError("E331", site.name, "static activations need statistics", "calibrate first")
-        if decision.rotate:
-            raise DitcompressError("E202", site.name, "static ranges of a rotated input are unknown", "use mode: token")
-        divisor = 1 if s is None else s
-        low, high = (statistics.low / divisor).min(), (statistics.high / divisor).max()
-        if spec.symmetric:
-            return {"input_scale": (torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)).reshape(1).float()}
-        scale = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
-        zero = torch.round(-low.clamp_max(0) / scale)
-        return {"input_scale": scale.reshape(1).float(), "input_zero": zero.reshape(1).float()}
+        scale, zero = self.steps.static(decision, weight, self.statistics.get(site.input_key), s, self._sign(site))
+        return {"input_scale": scale} if zero is None else {"input_scale": scale, "input_zero": zero}
 
 
 def stored_tensors(site: str, encoded: Any, smooth: Tensor | None, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import DitcompressError
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
-from .base import Encoded, Group, Layer, registry, step_module, validated
+from .base import Encoded, Group, Layer, range_scale, registry, step_module, validated
 
 __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
@@ -26,6 +26,18 @@ class RecipeSteps:
             if hasattr(module, "prepare"):
                 return module.prepare(group, params)
         return None
+
+    def static(
+        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, sign: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero, each (1,) float32, of a statically quantized input: by the step that chooses them, else from
+        the calibrated range."""
+        layer = Layer(decision, weight, statistics, smooth, sign)
+        for step in decision.steps:
+            module, params = step_module(step)
+            if hasattr(module, "static"):
+                return module.static(layer, params)
+        return range_scale(layer)
 
     def encode(
         self,

@@ -5,6 +5,7 @@ one or more phases:
 
     choose(decisions, read, statistics, params) -> decisions   for the whole plan, from weights and statistics by site
     prepare(group, params) -> s            the smoothing vector (in,) of all linears that share an input, or None
+    static(layer, params)  -> (scale, zero or None)   of a statically quantized input, from its statistics
     encode(layer, params)  -> Encoded      the stored form of one weight
 
 Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and W * s.
@@ -117,6 +118,21 @@ def need(statistics: InputStatistics | None, name: str) -> InputStatistics:
     if statistics is None:
         raise DitcompressError("E331", name, "no statistics of its input", "calibrate, or use a weights-only recipe")
     return statistics
+
+
+def range_scale(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of a static input that span the calibrated range; of a rotated input that of its tokens."""
+    spec, statistics = layer.decision.activation, need(layer.statistics, layer.name)
+    if layer.sign is not None:
+        tokens = layer.effective_tokens()
+        low, high = tokens.min(), tokens.max()
+    else:
+        divisor = 1 if layer.smooth is None else layer.smooth
+        low, high = (statistics.low / divisor).min(), (statistics.high / divisor).max()
+    if spec.symmetric:
+        return (torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)).reshape(1).float(), None
+    scale = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
+    return scale.reshape(1).float(), torch.round(-low.clamp_max(0) / scale).reshape(1).float()
 
 
 def pack(layer: Layer, codes: Tensor, grid: Any) -> PackedWeight:
