@@ -55,6 +55,14 @@ def _means(vectors: Tensor, weights: Tensor, index: Tensor, codebook: Tensor) ->
     return torch.where(total > 0, summed / total.clamp_min(torch.finfo(total.dtype).tiny), codebook)
 
 
+def sampled(vectors: Tensor, weights: Tensor, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At most `most` of the vectors (M, d) and their weights, drawn without replacement."""
+    if len(vectors) <= most:
+        return vectors, weights
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:most].to(vectors.device)
+    return vectors[order], weights[order]
+
+
 def kmeans(vectors: Tensor, weights: Tensor, count: int, init: str, iterations: int, seed: int) -> Tensor:
     """A codebook (count, d) of vectors (M, d) under `weights` (M, d): the best one seen in `iterations` rounds.
 

@@ -26,7 +26,7 @@ _LARGEST = torch.finfo(torch.float16).max
 
 class Params(StrictParams):
     """`rows`: output rows that share a codebook (None: all). `row_scale`: rows are divided by a float16 root mean
-    square first."""
+    square first. `samples`: the most vectors that a codebook is trained on (None: all; it saves time on large ones)."""
 
     bits: int = Field(8, ge=1, le=12)
     dim: int = Field(4, ge=1, le=32)
@@ -35,6 +35,7 @@ class Params(StrictParams):
     init: Literal["kmeans++", "random"] = "kmeans++"
     iterations: int = Field(25, ge=0, le=1000)
     seed: int = 0
+    samples: int | None = Field(None, ge=2)
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
     if scale is not None:  # an error in a large row costs more
         cost = cost * (scale / scale.amax()).square().unsqueeze(-1)
     rows = params.rows or len(weight)
-    codebooks = [
-        _kmeans.kmeans(v.flatten(0, 1), c.flatten(0, 1), 2**params.bits, params.init, params.iterations, params.seed)
-        for v, c in zip(vectors.split(rows), cost.split(rows), strict=True)
-    ]
+    codebooks = []
+    for part, part_cost in zip(vectors.split(rows), cost.split(rows), strict=True):
+        x, c = part.flatten(0, 1), part_cost.flatten(0, 1)
+        x, c = _kmeans.sampled(x, c, params.samples or len(x), params.seed)
+        codebooks.append(_kmeans.kmeans(x, c, 2**params.bits, params.init, params.iterations, params.seed))
     stored = torch.stack(codebooks).clamp(-_LARGEST, _LARGEST).to(torch.float16).float()
     return Grid(stored, scale, rows)
 

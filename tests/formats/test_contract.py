@@ -43,6 +43,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "dim": 3, "row_scale": True},
         {"bits": 5, "dim": 2, "rows": 16, "init": "random"},
         {"bits": 10, "dim": 8, "rows": 24, "row_scale": True, "iterations": 4},
+        {"bits": 4, "samples": 64},
         {"bits": 12, "dim": 1, "iterations": 2},
     ],
 }

@@ -72,6 +72,11 @@ def test_a_codebook_for_each_block_of_rows_fits_better() -> None:
     assert relative[1] < relative[0]
 
 
+def test_a_sample_of_the_vectors_does_nearly_as_well() -> None:
+    w = weight((256, 256))
+    assert error(w, bits=4, samples=2048).sum() < 1.05 * error(w, bits=4).sum()
+
+
 def test_the_same_seed_gives_the_same_codebook() -> None:
     one, again, other = (fmt.fit(weight(), fmt.Params(bits=5, seed=seed)).codebook for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
