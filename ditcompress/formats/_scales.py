@@ -160,3 +160,37 @@ def load(tensors: Mapping[str, Tensor], kind: str) -> Grid:
     row = tensors["row_scale"].float() if kind == "uint8" else None
     scale = tensors["scale"].float()
     return Grid(scale if row is None else scale * row, row)
+
+
+def refit(weight: Tensor, units: Tensor, hessian: Tensor, layout: str, group: int) -> Tensor | None:
+    """The scales, in the shape of the layout, with the least tr((W - SU) H (W - SU)^T) for given codes.
+
+    `units` (N, K) are the values of the codes at scale 1; H (K, K). Rows are independent, so this is one small linear
+    system a row (one for all with layout "tensor"). None for the layout "column_group", which ties rows together.
+    """
+    if layout == "column_group":
+        return None
+    rows, columns = weight.shape
+    count = grid_shape(layout, group, (rows, columns))[1]
+    size = group if layout == "group" else columns
+    units, target = units.to(hessian.dtype), weight.to(hessian.dtype) @ hessian
+    pad = (0, count * size - columns)
+    split = torch.nn.functional.pad(units, pad).reshape(rows, count, size)
+    right = (split * torch.nn.functional.pad(target, pad).reshape(rows, count, size)).sum(-1)
+    normal = torch.empty(rows, count, count, dtype=hessian.dtype, device=hessian.device)
+    for g in range(count):
+        part = units[:, g * size : (g + 1) * size] @ hessian[g * size : (g + 1) * size]
+        normal[:, g] = (split * torch.nn.functional.pad(part, pad).reshape(rows, count, size)).sum(-1)
+    if layout == "tensor":
+        normal, right = normal.sum(0, keepdim=True), right.sum(0, keepdim=True)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    normal += torch.diag_embed(ridge[:, None].expand(-1, count))
+    return torch.linalg.solve_ex(normal, right.unsqueeze(-1)).result.squeeze(-1).float()
+
+
+def keep_sound(fitted: Tensor | None, scale: Tensor) -> Tensor | None:
+    """`fitted` where it is a sane scale (finite, and within a factor of 4 of the old one), else the old one."""
+    if fitted is None:
+        return None
+    sound = torch.isfinite(fitted) & (fitted > scale / 4) & (fitted < scale * 4)
+    return torch.where(sound, fitted, scale)

@@ -9,6 +9,12 @@ A format module exports `Params` and five functions; GPTQ, learned rounding and 
     unpack(tensors, params, shape)   -> codes, grid
     layout(params, shape)            -> {suffix: (shape, dtype)} of the stored tensors, no data needed
 
+A format may also export
+
+    refit(weight, codes, grid, params, hessian) -> grid or None   the best scales or codebook for given codes
+    width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
+    nearest_in(target, grid, params, metric) -> codes              with width: the nearest vectors in a metric
+
 weight: (out, in) float32. A grid is a mapping of tensors that broadcast against (out, in) when expanded by the
 format; `grid.columns(start, stop)` narrows it to a range of columns.
 """

@@ -48,6 +48,16 @@ def _scale(grid: Grid, params: Params, shape: tuple[int, int], columns: slice | 
     return _scales.expand(grid.scale, params.layout, params.group, shape, where)
 
 
+def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Tensor) -> Grid | None:
+    """The grid with the best scales for given codes under the Hessian (K, K)."""
+    units = _floats.decode(codes, params.element)
+    scale = _scales.keep_sound(_scales.refit(weight, units, hessian, params.layout, params.group), grid.scale)
+    if scale is None:
+        return None
+    row = _scales.row_scales(scale, params.scale)
+    return Grid(_scales.rounded(scale, params.scale, row), row)
+
+
 def code(
     weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
 ) -> Tensor:

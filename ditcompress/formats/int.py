@@ -117,6 +117,14 @@ def _round_trip(groups: Tensor, scale: Tensor, zero: Tensor | None, params: Para
     return (codes - offset) * scale
 
 
+def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Tensor) -> Grid | None:
+    """The grid with the best scales for given codes under the Hessian (K, K); zeros stay."""
+    shape = (weight.shape[0], weight.shape[1])
+    units = codes if grid.zero is None else codes - _expand(grid.zero, params, shape, slice(0, shape[1]))
+    scale = _scales.keep_sound(_scales.refit(weight, units, hessian, params.layout, params.group), grid.scale)
+    return None if scale is None else make_grid(scale, grid.zero, params)
+
+
 def code(
     weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
 ) -> Tensor:

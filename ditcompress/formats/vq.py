@@ -21,6 +21,7 @@ from . import _kmeans, _scales
 from ._bits import pack_bits, packed_width, unpack_bits
 from .base import StrictParams
 
+CONJUGATE = 30  # steps of conjugate gradients when codebooks are fitted
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -86,6 +87,57 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
         codebooks.append(_kmeans.kmeans(x, c, 2**params.bits, params.init, params.iterations, params.seed))
     stored = torch.stack(codebooks).clamp(-_LARGEST, _LARGEST).to(torch.float16).float()
     return Grid(stored, scale, rows)
+
+
+def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Tensor) -> Grid:
+    """The grid with the codebooks of least tr((W - Q) H (W - Q)^T) for given codes, H (K, K).
+
+    A least squares problem in the C * d numbers of each codebook, by conjugate gradients on its normal equations, which
+    are never formed.
+    """
+    place = torch.arange(weight.shape[1], device=weight.device) % params.dim
+    codes, rows = codes.long(), len(weight)
+    block = (torch.arange(rows, device=weight.device) // grid.rows)[:, None]
+    flat = ((block * grid.codebook.shape[1] + codes) * params.dim + place).flatten()
+    scale = torch.ones(rows, 1) if grid.row_scale is None else grid.row_scale
+    scale = scale.to(hessian)
+
+    def gather(book: Tensor) -> Tensor:
+        return book.flatten()[flat].reshape(codes.shape) * scale
+
+    def scatter(values: Tensor) -> Tensor:
+        return (
+            torch.zeros(grid.codebook.numel()).to(hessian).index_add_(0, flat, ((values @ hessian) * scale).flatten())
+        )
+
+    book = grid.codebook.to(hessian).flatten()
+    residual = scatter(weight.to(hessian) - gather(book))
+    direction, power = residual.clone(), residual @ residual
+    for _ in range(CONJUGATE):
+        image = scatter(gather(direction))
+        bend = direction @ image
+        if power <= 0 or bend <= 0:
+            break
+        step = power / bend
+        book, residual = book + step * direction, residual - step * image
+        before, power = power, residual @ residual
+        direction = residual + power / before * direction
+    fitted = book.reshape(grid.codebook.shape).float().clamp(-_LARGEST, _LARGEST)
+    fitted = torch.where(torch.isfinite(fitted), fitted, grid.codebook)
+    return Grid(fitted.to(torch.float16).float(), grid.row_scale, grid.rows)
+
+
+def nearest_in(target: Tensor, grid: Grid, params: Params, metric: Tensor) -> Tensor:
+    """Codes (N, d), int32, of one vector in every row with the least (q - t) M (q - t)^T; target (N, d), metric
+    (d, d) positive definite. A last vector of fewer columns is compared on those."""
+    width = target.shape[1]
+    root = torch.linalg.cholesky(metric.double())
+    target = target.double() if grid.row_scale is None else target.double() / grid.row_scale
+    parts = [
+        torch.cdist(t @ root, book.double()[:, :width] @ root).argmin(1)
+        for t, book in zip(target.split(grid.rows), grid.codebook, strict=True)
+    ]
+    return torch.cat(parts)[:, None].expand(-1, width).to(torch.int32)
 
 
 def code(

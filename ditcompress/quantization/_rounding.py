@@ -51,52 +51,101 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: An
     """Codes (out, in), int32. The columns are visited from the largest to the smallest diagonal of the Hessian
     (the order GPTQ calls act-order), which the grid allows because its scales are fixed beforehand."""
     shape = (weight.shape[0], weight.shape[1])
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    width = coded_together(fmt, params)
+    order = _visiting_order(hessian.diagonal(), width)
     factor = inverse_factor(hessian[order][:, order], where)
     remaining = weight[:, order].to(factor.dtype)
     codes = torch.empty(shape, dtype=torch.int32, device=weight.device)
-    for start in range(0, shape[1], BLOCK):
-        stop = min(start + BLOCK, shape[1])
+    size = BLOCK // width * width or width
+    for start in range(0, shape[1], size):
+        stop = min(start + size, shape[1])
         block, errors = remaining[:, start:stop], torch.empty_like(remaining[:, start:stop])
         corner = factor[start:stop, start:stop]
+        values = torch.empty_like(block)
         for j in range(stop - start):
-            column = int(order[start + j])
-            where_column = slice(column, column + 1)
-            chosen = fmt.code(block[:, j : j + 1].float(), grid, params, shape, where_column)
-            codes[:, where_column] = chosen
-            value = fmt.value(chosen, grid, params, shape, where_column)[:, 0]
-            errors[:, j] = (block[:, j] - value) / corner[j, j]
+            if j % width == 0:  # a vector is coded whole; its columns' errors are then spread one by one
+                column = int(order[start + j])
+                where_column = slice(column, min(column + width, shape[1]))
+                span = slice(j, j + where_column.stop - where_column.start)
+                codes[:, where_column] = fmt.code(block[:, span].float(), grid, params, shape, where_column)
+                values[:, span] = fmt.value(codes[:, where_column], grid, params, shape, where_column).to(values)
+            errors[:, j] = (block[:, j] - values[:, j]) / corner[j, j]
             block[:, j:] -= torch.outer(errors[:, j], corner[j, j:])
         remaining[:, stop:] -= errors @ factor[start:stop, stop:]
     return codes
 
 
+def coded_together(fmt: ModuleType, params: Any) -> int:
+    """Columns that one code covers."""
+    return fmt.width(params) if hasattr(fmt, "width") else 1
+
+
+def _visiting_order(diagonal: Tensor, width: int) -> Tensor:
+    """Columns by falling diagonal of the Hessian; vectors stay whole, and one that is shorter comes last."""
+    if width == 1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    whole = len(diagonal) // width * width
+    energy = diagonal[:whole].reshape(-1, width).sum(1)
+    first = torch.argsort(energy, descending=True, stable=True) * width
+    order = (first[:, None] + torch.arange(width, device=diagonal.device)).flatten()
+    return torch.cat([order, torch.arange(whole, len(diagonal), device=diagonal.device)])
+
+
 def descend(
     weight: Tensor, codes: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, sweeps: int
 ) -> Tensor:
-    """`sweeps` passes of cyclic coordinate descent over the columns; the objective never rises."""
+    """`sweeps` passes of cyclic coordinate descent over the columns (vectors); the objective never rises."""
     shape = (weight.shape[0], weight.shape[1])
+    width = coded_together(fmt, params)
     codes = codes.clone()
     error = weight.to(hessian.dtype) - fmt.value(codes, grid, params, shape)
     for _ in range(sweeps):
         gradient = error @ hessian
         changed = False
-        for k in range(shape[1]):
-            column = slice(k, k + 1)
-            current = weight[:, k] - error[:, k]
-            best = (current + gradient[:, k] / hessian[k, k]).float().unsqueeze(1)
-            chosen = fmt.code(best, grid, params, shape, column)
-            moved = (chosen != codes[:, column])[:, 0]
+        for k in range(0, shape[1], width):
+            column = slice(k, min(k + width, shape[1]))
+            chosen = _best(weight[:, column] - error[:, column], gradient[:, column], hessian[column, column],
+                           (grid, fmt, params, shape, column))  # fmt: skip
+            moved = (chosen != codes[:, column]).any(1)
             if not moved.any():
                 continue
             changed = True
             codes[:, column] = chosen
-            new_error = weight[:, k] - fmt.value(chosen, grid, params, shape, column)[:, 0]
-            gradient += torch.outer(new_error - error[:, k], hessian[k])
-            error[:, k] = new_error
+            new_error = weight[:, column] - fmt.value(chosen, grid, params, shape, column)
+            gradient += (new_error - error[:, column]) @ hessian[column]
+            error[:, column] = new_error.to(error.dtype)
         if not changed:
             break
     return codes
+
+
+def _best(
+    current: Tensor, gradient: Tensor, metric: Tensor, target: tuple[Any, ModuleType, Any, tuple[int, int], slice]
+) -> Tensor:
+    """The codes of one column or vector with all others fixed; `gradient` is that of the error times the Hessian."""
+    grid, fmt, params, shape, column = target
+    if metric.shape[0] == 1:
+        return fmt.code((current + gradient / metric).float(), grid, params, shape, column)
+    return fmt.nearest_in(current + torch.linalg.solve(metric, gradient, left=False), grid, params, metric)
+
+
+def alternate(
+    weight: Tensor, codes: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, rounds: int, sweeps: int
+) -> tuple[Tensor, Any]:
+    """`rounds` of refitting scales or codebooks to the codes and descending on the codes; a round that does not lower
+    the objective is undone and ends it."""
+    shape = (weight.shape[0], weight.shape[1])
+    least = objective(weight, fmt.value(codes, grid, params, shape), hessian).sum()
+    for _ in range(rounds if hasattr(fmt, "refit") else 0):
+        new_grid = fmt.refit(weight, codes, grid, params, hessian)
+        if new_grid is None:
+            break
+        new_codes = descend(weight, codes, hessian, new_grid, fmt, params, sweeps)
+        found = objective(weight, fmt.value(new_codes, new_grid, params, shape), hessian).sum()
+        if not found < least:
+            break
+        codes, grid, least = new_codes, new_grid, found
+    return codes, grid
 
 
 def objective(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
