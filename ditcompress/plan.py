@@ -33,6 +33,14 @@ class ActivationSpec:
     element: str = "int"
     scale: str = "float32"
 
+    def __str__(self) -> str:
+        """In a word: float, int8/token, e2m1/token g16 e4m3."""
+        if self.mode == "none":
+            return "float"
+        name = f"int{self.bits}" if self.element == "int" else self.element
+        group = f" g{self.group}" if self.group else ""
+        return f"{name}/{self.mode}{group}{'' if self.scale == 'float32' else f' {self.scale}'}"
+
 
 @dataclass(frozen=True)
 class StepSpec:

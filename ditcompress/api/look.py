@@ -13,7 +13,7 @@ from ..exporters import registry as exporters
 from ..loading import meta_model, open_model
 from ..models import account, adapter_for, build_meta
 from ..registry import nearest
-from ..runtime.linear import PackedLinear, described
+from ..runtime.linear import PackedLinear
 from .calibration import pick_dtype
 
 
@@ -72,7 +72,7 @@ def _layer(checkpoint: Checkpoint, site: Any, packed: PackedLinear | None) -> di
         scheme = packed.scheme
         spec, activation = scheme.weight, scheme.activation
         parts = [f"{spec.format}{spec.params.get('bits', '')} {spec.params.get('layout', '')}".strip()]
-        parts.append(f"{described(activation)} input")
+        parts.append(f"{activation} input")
         parts += [f"hadamard {scheme.rotate}"] if scheme.rotate else []
         parts += [f"smoothing {scheme.smooth}"] if scheme.smooth != "none" else []
         parts += [f"rank {scheme.rank}"] if scheme.rank else []

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import print_table, print_text, size
-from ..runtime.linear import described
 from . import common
 from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed, Set
 
@@ -99,7 +98,7 @@ def _show_plan(result: QuantizeResult) -> None:
     rows: dict[tuple[str, ...], int] = {}
     for layer in result.plan.layers:
         params = ", ".join(f"{k} {v}" for k, v in layer.weight.params.items() if k in ("bits", "group", "layout"))
-        inputs = described(layer.activation) + (f", hadamard {layer.rotate}" if layer.rotate else "")
+        inputs = str(layer.activation) + (f", hadamard {layer.rotate}" if layer.rotate else "")
         steps = " > ".join(step.name for step in layer.steps)
         key = (layer.role, f"{layer.weight.format}: {params}", inputs, layer.smooth, str(layer.rank), steps)
         rows[key] = rows.get(key, 0) + 1

@@ -230,8 +230,10 @@ def curve(found: dict[str, Probe]) -> list[dict[str, Any]]:
     rows = []
     for branch, p in found.items():
         for place, time in enumerate(p.timesteps):
-            each = [ratio_db(float(r)) for r in p.noise[place] / p.signal[place]]
-            low, middle, high = (float(v) for v in np.percentile(each, (5, 50, 95)))
+            ratios = np.percentile(
+                p.noise[place] / p.signal[place], (95, 50, 5)
+            )  # before dB: zeros become infinite there
+            low, middle, high = (ratio_db(float(r)) for r in ratios)
             rows.append(
                 {
                     "branch": branch,

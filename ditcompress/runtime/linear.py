@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..formats.base import dequantize
 from ..hadamard import rotate, unpack_signs, unrotate
-from ..plan import ActivationSpec
 from .ops import cpu_int8, reference
 from .ops.quantize_activation import fake_quantize, quantize_token, quantize_token_asymmetric
 from .scheme import Scheme
@@ -33,15 +32,6 @@ def kernel_for(scheme: Scheme, device: torch.device) -> str:
     if device.type == "cpu" and plain_int8 and plain_token and cpu_int8.available():
         return cpu_int8.NAME
     return reference.NAME
-
-
-def described(spec: ActivationSpec) -> str:
-    """How an input is quantized, in a word: float, int8/token, e2m1/token g16 e4m3."""
-    if spec.mode == "none":
-        return "float"
-    name = f"int{spec.bits}" if spec.element == "int" else spec.element
-    group = f" g{spec.group}" if spec.group else ""
-    return f"{name}/{spec.mode}{group}{'' if spec.scale == 'float32' else f' {spec.scale}'}"
 
 
 class PackedLinear(nn.Module):
@@ -116,9 +106,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
         bits = 8 * self.stored_bytes / (self.in_features * self.out_features)
-        inputs = described(activation)
         more = f", hadamard {self.scheme.rotate}" if self.scheme.rotate else ""
-        return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {inputs}{more}"
+        return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {activation}{more}"
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
