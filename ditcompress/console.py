@@ -10,11 +10,25 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .errors import printable
 
 Advance = Callable[[int], None]
+_asked: list[BaseException] = []
+
+
+def interrupt(error: BaseException) -> NoReturn:
+    """For signal handlers: raise `error` now, and again at the next step of progress. Python drops what a handler
+    raises inside a destructor or a weak reference's callback, and imports are full of those."""
+    _asked.append(error)
+    raise error
+
+
+def _go_on(units: int = 1) -> None:
+    """Nothing, unless an interruption was asked for and lost."""
+    if _asked:
+        raise _asked.pop()
 
 
 class Reporter(Protocol):
@@ -35,7 +49,7 @@ class Silent:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:
-        yield lambda units: None
+        yield _go_on
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -54,7 +68,7 @@ class Terminal:
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:
         if self.quiet or not self.err.is_terminal:
-            yield lambda units: None
+            yield _go_on
             return
         from rich.progress import (
             BarColumn,
@@ -78,6 +92,7 @@ class Terminal:
             bar = progress.add_task(printable(description, 60), total=total, rate="")
 
             def advance(units: int = 1) -> None:
+                _go_on(units)
                 speed = progress.tasks[0].speed
                 progress.update(bar, advance=units, rate=f"{speed:.1f}/s" if speed else "")
 

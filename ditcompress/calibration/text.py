@@ -35,7 +35,10 @@ def from_pipeline(pipeline: Path, prompts: Sequence[str], count: int, config: Ma
     encode = _ENCODERS.get(name)
     if encode is None:
         raise DitcompressError(
-            "E330", f"{pipeline.name}: {name}", "its prompts cannot be encoded here", "give --conditions FILE"
+            "E330",
+            f"{pipeline.name}/model_index.json: {name}",
+            "its prompts cannot be encoded here",
+            "give --conditions FILE",
         )
     # a component that was saved as absent has to be named as such again
     absent = {key: None for key, value in index.items() if value == [None, None]} | {"transformer": None, "vae": None}

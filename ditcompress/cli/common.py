@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import Silent, Terminal, print_error, print_json
+from ..console import Silent, Terminal, interrupt, print_error, print_json
 from ..errors import DitcompressError, printable
 
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -45,6 +45,7 @@ def command(as_json: bool, debug: bool) -> Iterator[None]:
     if not debug:
         hush()
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
     except typer.Exit:
@@ -104,7 +105,11 @@ def _as_ours(error: BaseException) -> DitcompressError | None:
 
 def _terminated(*_: Any) -> None:
     print_error("terminated: run the same command again to go on")
-    raise SystemExit(143)
+    interrupt(SystemExit(143))
+
+
+def _interrupted(*_: Any) -> None:
+    interrupt(KeyboardInterrupt())
 
 
 def hush() -> None:

@@ -85,8 +85,11 @@ def check_plan(plan: Plan) -> None:
         for step in decision.steps:
             step_module(step)
         _encoder(decision)
-        if decision.rank and _encoder(decision).name not in ("loftq",):
-            raise DitcompressError("E202", decision.reason, "rank needs a step that fits low-rank parts", "use loftq")
+        if decision.rank and not getattr(registry.get(_encoder(decision).name), "LOW_RANK", False):
+            able = [name for name in registry.names() if getattr(registry.get(name), "LOW_RANK", False)]
+            raise DitcompressError(
+                "E202", decision.reason, "rank needs a step that fits low-rank parts", f"use {' or '.join(able)}"
+            )
 
 
 def resolve_format(decision: LayerDecision) -> Any:

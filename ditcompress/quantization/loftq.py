@@ -16,6 +16,7 @@ from ..formats.int import Grid, make_grid
 from .base import Encoded, Layer, pack
 
 NEEDS: tuple[str, ...] = ()
+LOW_RANK = True
 
 
 class Params(StrictParams):

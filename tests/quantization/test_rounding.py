@@ -97,11 +97,18 @@ def statistics(gram: torch.Tensor) -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names() if n not in ("mixed", "smooth", "ditas")])
+ENCODERS = [n for n in registry.names() if hasattr(registry.get(n), "encode")]
+SHAPES: dict[str, dict[str, object]] = {
+    "loftq": {"layout": "column_group"},
+    "ptq4dm": {"layout": "row", "symmetric": True},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_is_deterministic_and_not_worse_than_rounding(name: str) -> None:
     weight, gram = problem()
-    shape = {"layout": "column_group"} if name == "loftq" else {}
-    one = decision((StepSpec(name),), rank=4 if name == "loftq" else 0, **shape)
+    shape = SHAPES.get(name, {})
+    one = decision((StepSpec(name),), rank=4 if hasattr(registry.get(name), "LOW_RANK") else 0, **shape)
     plain = decision((StepSpec("rtn"),), **shape)
     results = [RecipeSteps().encode(d, weight, statistics(gram), None, 0) for d in (one, one, plain)]
     assert all(
@@ -136,7 +143,7 @@ def test_mixed_precision_keeps_the_budget_and_widens_the_sensitive_layer() -> No
     chosen = mixed.choose(layers, lambda name: weight, stats, params)
     widths = {d.site: d.weight.params["bits"] for d in chosen}
     assert widths["fragile"] > max(widths["calm"], widths["also calm"])
-    total = sum(mixed.stored_bits(d.weight, (24, 48)) for d in chosen)
+    total = sum(mixed.stored_bits(d, (24, 48)) for d in chosen)
     assert total <= 6.5 * 3 * weight.numel()
     unchanged = mixed.choose(layers, lambda name: weight, stats, mixed.Params(target_bits=4.0))
     assert [d.weight for d in unchanged] == [d.weight for d in layers]
