@@ -24,11 +24,11 @@ QUICK = ["--count", 5, "--steps", 2, "--guidance", 1.5, "--device", "cpu"]
 
 # Imports take seconds, so one process has them done, and a fork of it runs each command
 WARM = """
-import json, os, sys
+import json, os, sys, traceback
 from ditcompress.cli.common import hush
 hush()
 from diffusers import DDIMScheduler, DiTTransformer2DModel
-import ditcompress.api
+import ditcompress.api, matplotlib.pyplot
 from ditcompress.__main__ import main
 for line in sys.stdin:
     arguments, *files = json.loads(line)
@@ -37,7 +37,15 @@ for line in sys.stdin:
         for number, path in enumerate(files, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = ["ditcompress", *arguments]
-        main()
+        code = 1
+        try:
+            main()
+        except SystemExit as leave:
+            code = leave.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)  # taking down all modules would take two seconds more
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
