@@ -68,7 +68,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             stdin.write(json.dumps([[str(a) for a in arguments], *map(str, files)]) + "\n")
             stdin.flush()
             code = int(stdout.readline())
-            return subprocess.CompletedProcess(arguments, code, files[0].read_text(), files[1].read_text())
+            return subprocess.CompletedProcess(
+                [str(a) for a in arguments], code, files[0].read_text(), files[1].read_text()
+            )
 
         yield one
         stdin.close()

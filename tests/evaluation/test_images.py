@@ -48,13 +48,14 @@ def latent_pipeline(tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(tiny_dit, folder / "transformer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae = diffusers.AutoencoderKL(
+        vae: Any = diffusers.AutoencoderKL(
             block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
             up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
             shift_factor=0.25,
         )  # fmt: skip
     vae.save_pretrained(folder / "vae")
-    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    scheduler: Any = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
     parts = {"transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
     index = {"_class_name": "DiTPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
     (folder / "model_index.json").write_text(json.dumps(index))
