@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..console import Reporter
 from ..errors import DitcompressError
 from ..result import Measurement, Skipped
 from . import accuracy, external
 from .digits import digits_folder
-from .distribution import FeatureSets, frechet, measure_all
+from .distribution import FeatureSets, frechet, measure_all, why_not
 from .extractors import Extractor, Request, choose, extract
 from .images import ImageSet
 from .reference import Reference, open_reference
@@ -151,7 +149,7 @@ def _distribution(subject: Subject, sets: dict[str, ImageSet], tools: Tools, rep
     rows, skipped = measure_all(table)
     found.rows += rows
     found.skipped += skipped
-    if np.isfinite(table.compressed).all():
+    if not why_not(frechet, table):
         found.extra["frechet_curve"] = frechet.curves(table)
 
 

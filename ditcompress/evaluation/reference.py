@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from .images import CHUNK
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_PIXELS = 2**26
+MOST_CLASSES = 2**17
 
 
 class Rows(Protocol):
@@ -76,12 +77,24 @@ def open_reference(path: Path, expected: Sequence[int] | None = None) -> Referen
         found = _safetensors(path)
     else:
         raise bad(path, "is no reference" if path.exists() else "does not exist")
-    if found.labels is not None and len(found.labels) != len(found):
-        raise bad(path, f"{len(found.labels)} labels for {len(found)} images", "store one label an image")
+    if not len(found):
+        raise bad(path, "holds no images")
+    if found.labels is not None:
+        found = replace(found, labels=_checked_labels(path, found.labels, len(found)))
     if expected is not None and tuple(found.shape) != tuple(expected):
         sizes = ["x".join(map(str, s)) for s in (found.shape, expected)]
         raise bad(path, f"images are {sizes[0]}, the model makes {sizes[1]}", "prepare the reference at that size")
     return found
+
+
+def _checked_labels(path: Path, labels: Tensor, count: int) -> Tensor | None:
+    """The labels; None where all are of one class: a classifier of it would always be right and see nothing."""
+    if len(labels) != count:
+        raise bad(path, f"{len(labels)} labels for {count} images", "store one label an image")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= MOST_CLASSES:
+        raise bad(path, f"has labels from {low} to {high}", f"store labels from 0 to {MOST_CLASSES - 1} at most")
+    return None if low == high else labels
 
 
 def _checked_shape(path: Path, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -115,7 +128,8 @@ def _safetensors(path: Path) -> Reference:
         raise
     except Exception as error:
         raise bad(path, f"cannot be read ({type(error).__name__})") from None
-    return Reference(path, _SafetensorsRows(path, int(shape[0])), _checked_shape(path, shape[1:]), labels)
+    size = _checked_shape(path, shape[1:])
+    return Reference(path, _SafetensorsRows(path, int(shape[0])), size, labels)
 
 
 # --- npz, as ADM's evaluator writes it: images last-channel uint8 -----------------------------------------------------

@@ -59,6 +59,8 @@ def margins_of(profile: str, overrides: Mapping[str, float]) -> tuple[Margin, ..
             raise DitcompressError(
                 "E203", f"--margin {name}", "is not gated by this profile", nearest(name, list(margins))
             )
+        if math.isnan(value):
+            raise DitcompressError("E203", f"--margin {name}", "is not a number", f"for example --margin {name}=1")
         old = margins[name]
         margins[name] = Margin(name, value, None) if old.least is not None else Margin(name, None, value)
     return tuple(margins.values())
@@ -91,7 +93,9 @@ def _needed(measurement: Measurement, margin: Margin) -> str:
     if measurement.value == 0 and margin.most is not None:
         return f"at least {math.ceil(300 / margin.most)} pairs are needed"  # rule of three, in per cent
     gap, width = abs(measurement.value - limit), max(measurement.high - measurement.low, 1e-12)
-    if gap == 0 or not math.isfinite(width):
+    if not math.isfinite(gap) or not math.isfinite(width):
+        return "the interval is unbounded"
+    if gap == 0:
         return "the value lies on its margin"
     return f"about {math.ceil(measurement.n * (width / gap) ** 2)} pairs would decide"
 

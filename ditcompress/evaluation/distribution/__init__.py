@@ -61,7 +61,12 @@ def why_not(metric: ModuleType, features: FeatureSets) -> str:
     least = min(len(x) for x in (features.original, features.reference) if x is not None)
     if least < metric.LEAST:
         return f"{least} images, at least {metric.LEAST} are needed"
-    for name, x in (("original", features.original), ("compressed", features.compressed)):
-        if not np.isfinite(x).all():
-            return f"features of the {name} model's images are not finite"
+    for name, x in (
+        ("original model's", features.original),
+        ("compressed model's", features.compressed),
+        ("reference", features.reference),
+        ("original model's fresh", features.fresh),
+    ):
+        if x is not None and not np.isfinite(x).all():
+            return f"features of the {name} images are not finite"
     return ""
