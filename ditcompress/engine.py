@@ -265,7 +265,7 @@ def stored_tensors(site: str, encoded: Any, smooth: Tensor | None, extra: Mappin
     if encoded.low_rank is not None:
         local |= {"low_rank_up": encoded.low_rank[0], "low_rank_down": encoded.low_rank[1]}
     if smooth is not None:
-        local["smooth"] = smooth.float()
+        local["smooth"] = smooth.float().clone()  # one vector serves several linears, and files share no memory
     local |= extra
     return {f"{site}.{suffix}": tensor.contiguous() for suffix, tensor in local.items()}
 

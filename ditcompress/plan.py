@@ -73,10 +73,21 @@ class LayerDecision:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """One point of what a budget buys: mean stored bits of the planned weights, and the output SQNR in dB that the
+    statistics predict for it; `chosen` marks the plan's own."""
+
+    bits: float
+    predicted_db: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The decisions in model order; a linear that is not listed stays as it is."""
+    """The decisions in model order; a linear that is not listed stays as it is. `curve` when a budget was spent."""
 
     layers: tuple[LayerDecision, ...]
+    curve: tuple[TradeOff, ...] = ()
 
     def by_site(self) -> dict[str, LayerDecision]:
         return {decision.site: decision for decision in self.layers}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,17 @@ from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
-from .calibration import cached_statistics, conditions_for, settings_of
+from .calibration import cached_statistics, conditions_for, pick_device, settings_of
+from .target import measured_db, retarget, with_target
+
+MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's shortfall is known to about this
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """What `quantize` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory),
-    the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors."""
+    the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors; `measured_db` is the output
+    SQNR on held-out inputs where a budget was spent."""
 
     path: Path | None
     model: nn.Module | None
@@ -47,6 +51,7 @@ class QuantizeResult:
     records: tuple[engine.LayerRecord, ...] = ()
     original_bytes: int = 0
     bytes: int = 0
+    measured_db: float | None = None
 
     @property
     def bits(self) -> float:
@@ -58,6 +63,24 @@ class QuantizeResult:
 # --- quantize ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a quantization from path to path was asked for."""
+
+    path: Path
+    target: Path
+    statistics: str | Path | Statistics | None
+    conditions: str | Path | None
+    scheduler: str | Path | None
+    seed: int
+    device: str
+    dtype: str
+    overwrite: bool
+    restart: bool
+    max_shard_bytes: int
+    reporter: Reporter
+
+
 def quantize(
     model_or_path: nn.Module | str | Path,
     recipe: str | Path | Recipe = "w4a8",
@@ -65,6 +88,9 @@ def quantize(
     *,
     statistics: str | Path | Statistics | None = None,
     overrides: Sequence[str] = (),
+    target_bits: float | None = None,
+    target_size: str | None = None,
+    target_db: float | None = None,
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
     seed: int = 0,
@@ -79,7 +105,9 @@ def quantize(
     """Compress a checkpoint by a recipe into the folder `out`, or a diffusers model in memory into a new model.
 
     Statistics are taken from `statistics` (a folder or an object), else from the cache, else gathered; a recipe
-    that needs none gathers none. A pipeline folder gives a pipeline folder.
+    that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
+    with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
+    for which the result is measured, and made once more when it falls short.
     """
     reporter = reporter or Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -89,48 +117,117 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
+    chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
+    plan = checked_plan(chosen, layout)
+    for note in fallbacks(chosen, plan, layout):
+        reporter.note(note)
     if dry_run:
         return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
-    inputs = [path]
+    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, overwrite, restart,
+               max_shard_bytes, reporter)  # fmt: skip
+    result = _write(job, chosen, checkpoint, layout, plan)
+    if (target_bits, target_size, target_db) == (None, None, None):
+        return result
+    return _verified(job, chosen, checkpoint, layout, plan, result, target_db)
+
+
+def _verified(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, result: QuantizeResult,
+    target_db: float | None,
+) -> QuantizeResult:  # fmt: skip
+    """The result with its measured dB; made once more when it misses the dB that it was asked for."""
+
+    def measure() -> float:
+        return measured_db(job.path, job.target, job.reporter, scheduler=job.scheduler, conditions=job.conditions,
+                           device=str(pick_device(job.device)))  # fmt: skip
+
+    found = measure()
+    if target_db is not None and found < target_db:
+        predicted = next(point.predicted_db for point in result.plan.curve if point.chosen)
+        job.reporter.note(f"{found:.1f} dB measured where {predicted:.1f} were predicted: choosing again")
+        again = retarget(recipe, target_db=target_db + (predicted - found) + MARGIN_DB)
+        result = _write(replace(job, overwrite=True), again, checkpoint, layout, checked_plan(again, layout))
+        found = measure()
+        if found < target_db:
+            job.reporter.note(f"{found:.1f} dB is the nearest to {target_db:g} dB that was reached")
+    return replace(result, measured_db=found)
+
+
+def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan) -> QuantizeResult:
+    """Gather what the plan needs, choose, encode block by block, and publish the folder."""
+    path, target = job.path, job.target
     with output_folder(
-        target, overwrite=overwrite, inputs=inputs, planned_bytes=checkpoint.total_bytes // 2,
-        manifest={"recipe": chosen.to_json(), "seed": seed, "input": {"fingerprint": checkpoint.fingerprint}},
+        target, overwrite=job.overwrite, inputs=[path], planned_bytes=checkpoint.total_bytes // 2,
+        manifest={"recipe": recipe.to_json(), "seed": job.seed, "input": {"fingerprint": checkpoint.fingerprint}},
     ) as partial:  # fmt: skip
-        check_finite(checkpoint, reporter)
-        found = _statistics_for(
-            plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter, restart
-        )
-        plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
-        marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed, "torch": torch.__version__,
-                 "statistics": "" if found is None else found.digest}  # fmt: skip
-        journal = work_folder(target, marks, restart=restart)
+        check_finite(checkpoint, job.reporter)
+        found = _statistics_for(plan, recipe, checkpoint, job)
+        inputs = found.inputs if found else {}
+        plan = choose(plan, layout, checkpoint.read, inputs)
+        marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
+                 "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+        journal = work_folder(target, marks, restart=job.restart)
         component = checkpoint.component if checkpoint.pipeline else ""
         folder = partial / component
         folder.mkdir(exist_ok=True)
-        writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
+        writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
         outcome = engine.run(
-            checkpoint, layout, plan, found.inputs if found else {}, RecipeSteps(), writer,
-            seed=seed, journal=journal, reporter=reporter,
+            checkpoint, layout, plan, inputs, RecipeSteps(), writer, seed=job.seed, journal=journal,
+            reporter=job.reporter,
         )  # fmt: skip
         files = writer.finish()
         checkpoint.verify_unchanged()
-        _write_config(folder, checkpoint.config, engine.quantization_config(chosen.name, outcome))
-        (folder / "recipe.json").write_text(json.dumps(chosen.to_json(), indent=2) + "\n")
-        records = [asdict(record) for record in outcome.records]
-        (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
-        if checkpoint.pipeline:
-            copy_pipeline(checkpoint.pipeline, partial, component)
-        elif checkpoint.scheduler_folder:
-            _copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
-        card = quantized_card(
-            f"{path.name}-{chosen.name}", path.name, checkpoint.class_name, chosen.to_json(), outcome.records,
-            checkpoint.total_bytes, size, checkpoint.pipeline is not None,
-        )  # fmt: skip
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
+
+
+def _describe(
+    partial: Path, folder: Path, recipe: Recipe, checkpoint: Checkpoint, outcome: engine.Outcome, plan: Plan,
+    name: str, size: int,
+) -> None:  # fmt: skip
+    """Everything beside the weights: config, recipe, layers, trade-off, the rest of a pipeline, the model card."""
+    _write_config(folder, checkpoint.config, engine.quantization_config(recipe.name, outcome))
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
+    records = [asdict(record) for record in outcome.records]
+    (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
+    if plan.curve:
+        (folder / "tradeoff.json").write_text(json.dumps([asdict(p) for p in plan.curve], indent=1) + "\n")
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
+    elif checkpoint.scheduler_folder:
+        _copy_scheduler(checkpoint.scheduler_folder, partial)
+    card = quantized_card(
+        f"{name}-{recipe.name}", name, checkpoint.class_name, recipe.to_json(), outcome.records,
+        checkpoint.total_bytes, size, checkpoint.pipeline is not None,
+    )  # fmt: skip
+    (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def fallbacks(recipe: Recipe, plan: Plan, layout: Layout) -> list[str]:
+    """One line for each kind of fallback that the plan takes: groups that do not divide a width, transforms in blocks,
+    ranks above a width."""
+    widths = {site.name: (site.in_features, site.out_features) for site in layout.sites}
+    short: dict[tuple[int, int], int] = {}
+    blocks: dict[tuple[int, int], int] = {}
+    for layer in plan.layers:
+        width = widths[layer.site][0]
+        group = int(layer.weight.params.get("group", 0)) if layer.weight.params.get("layout") == "group" else 0
+        for size in {group, layer.activation.group} - {0}:
+            if width % size:
+                short[(size, width)] = short.get((size, width), 0) + 1
+        if layer.rotate and layer.rotate != width:
+            blocks[(layer.rotate, width)] = blocks.get((layer.rotate, width), 0) + 1
+    asked = max((rule.rank for rule in recipe.rules), default=0)
+    least = min((min(widths[layer.site]) for layer in plan.layers if layer.rank), default=asked)
+    return [
+        *(f"group {g} does not divide width {w} ({n} linears): the last group of a row is shorter"
+          for (g, w), n in sorted(short.items())),
+        *(f"width {w} is transformed in blocks of {b} ({n} linears)" for (b, w), n in sorted(blocks.items())),
+        *([f"rank {asked} is above width {least}: the width is used there"] if asked > least else []),
+    ]  # fmt: skip
 
 
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
@@ -155,20 +252,9 @@ def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, 
     (folder / "config.json").write_text(text + "\n")
 
 
-def _statistics_for(
-    plan: Plan,
-    recipe: Recipe,
-    given: str | Path | Statistics | None,
-    checkpoint: Checkpoint,
-    conditions: str | Path | None,
-    scheduler: str | Path | None,
-    seed: int,
-    device: str,
-    dtype: str,
-    reporter: Reporter,
-    restart: bool,
-) -> Statistics | None:
+def _statistics_for(plan: Plan, recipe: Recipe, checkpoint: Checkpoint, job: _Job) -> Statistics | None:
     """What the plan needs: nothing, the given statistics (checked), or cached or fresh ones."""
+    given = job.statistics
     if isinstance(given, Statistics):
         return given
     if given is not None:
@@ -178,8 +264,10 @@ def _statistics_for(
         return found
     if not needs(plan):
         return None
-    settings = settings_of(recipe.calibration or Calibration(), seed)
-    return cached_statistics(checkpoint, settings, conditions, scheduler, device, dtype, reporter, restart)
+    settings = settings_of(recipe.calibration or Calibration(), job.seed)
+    return cached_statistics(
+        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
+    )
 
 
 def _quantize_module(
@@ -234,6 +322,8 @@ def quantize_facts(result: QuantizeResult) -> dict[str, Any]:
         "bits_per_quantized_weight": result.bits,
         "original_bytes": result.original_bytes,
         "bytes": result.bytes,
+        "measured_db": result.measured_db,
+        "tradeoff": [asdict(point) for point in result.plan.curve],
         "layers": [asdict(record) for record in result.records],
     }
 

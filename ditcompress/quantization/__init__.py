@@ -67,7 +67,8 @@ def choose(plan: Plan, layout: Layout, read: Callable[[str], Tensor], statistics
             if step.name not in asked and hasattr(module, "choose"):
                 asked.add(step.name)
                 by_site = {d.site: statistics.get(keys[d.site]) for d in plan.layers}
-                plan = Plan(tuple(module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)))
+                found = module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)
+                plan = found if isinstance(found, Plan) else Plan(tuple(found), plan.curve)
     return plan
 
 
