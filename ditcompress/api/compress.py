@@ -33,6 +33,7 @@ from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
+from . import _bitsandbytes
 from .calibration import cached_statistics, conditions_for, settings_of
 
 
@@ -89,6 +90,8 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
+    foreign = chosen.backend == "bitsandbytes"
+    plan = _bitsandbytes.settle(plan, layout, meta) if foreign else plan
     if dry_run:
         return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
@@ -101,21 +104,27 @@ def quantize(
         found = _statistics_for(
             plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter, restart
         )
-        plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
-        marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed, "torch": torch.__version__,
-                 "statistics": "" if found is None else found.digest}  # fmt: skip
-        journal = work_folder(target, marks, restart=restart)
+        journal = None
+        if not foreign:
+            plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
+            marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed,
+                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+            journal = work_folder(target, marks, restart=restart)
         component = checkpoint.component if checkpoint.pipeline else ""
         folder = partial / component
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-        outcome = engine.run(
-            checkpoint, layout, plan, found.inputs if found else {}, RecipeSteps(), writer,
-            seed=seed, journal=journal, reporter=reporter,
-        )  # fmt: skip
+        if foreign:
+            outcome, quantization = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, reporter)
+        else:
+            outcome = engine.run(
+                checkpoint, layout, plan, found.inputs if found else {}, RecipeSteps(), writer,
+                seed=seed, journal=journal, reporter=reporter,
+            )  # fmt: skip
+            quantization = engine.quantization_config(chosen.name, outcome)
         files = writer.finish()
         checkpoint.verify_unchanged()
-        _write_config(folder, checkpoint.config, engine.quantization_config(chosen.name, outcome))
+        _write_config(folder, checkpoint.config, quantization)
         (folder / "recipe.json").write_text(json.dumps(chosen.to_json(), indent=2) + "\n")
         records = [asdict(record) for record in outcome.records]
         (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
@@ -136,7 +145,8 @@ def quantize(
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     """The recipe's plan for this model; E202 when nothing matches or a step or format is unknown."""
     plan = make_plan(recipe, layout)
-    check_plan(plan)
+    if recipe.options is None:
+        check_plan(plan)
     if not plan.layers:
         raise DitcompressError(
             "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
@@ -186,6 +196,8 @@ def _quantize_module(
     model: nn.Module, recipe: Recipe, statistics: str | Path | Statistics | None, seed: int, reporter: Reporter
 ) -> QuantizeResult:
     """A compressed copy of a model in memory; the original is not changed."""
+    if recipe.options is not None:
+        raise DitcompressError("E205", f"recipe {recipe.name}", "writes folders only", "save the model, give its path")
     register()
     source = ModuleSource(model)
     adapter = adapter_for(source.config)

@@ -60,6 +60,11 @@ class ShardWriter:
         _write(self._file, tensor)
         self._offset += size
 
+    def keep_together(self, size: int) -> None:
+        """The tensors added next, `size` bytes in all, go to one file where they fit into one."""
+        if self._offset and self._offset + size > self.limit:
+            self._close()
+
     def _close(self) -> None:
         """Put the header in front of the data of the open shard."""
         assert self._file is not None
