@@ -39,16 +39,31 @@ _COPY = "quantize the original again"
 
 @dataclass(frozen=True)
 class Stored:
-    """One linear as it lies in a checkpoint: nf4, fp4 or int8, and everything stored in place of its weight."""
+    """One linear as it lies in a checkpoint: nf4, fp4 or int8, the bytes of everything stored in place of its weight,
+    and from which magnitude int8 leaves an input column in floating point (0: none)."""
 
     kind: str
     bytes: int
+    threshold: float = 0.0
 
 
 class DecodedLinear(nn.Linear):
-    """A plain linear whose weight was decoded from `stored`; it computes in floating point."""
+    """A linear whose weight was decoded from `stored`; it computes in floating point what bitsandbytes computes."""
 
     stored: Stored
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(int8_input(x, self.stored.threshold) if self.stored.kind == "int8" else x)
+
+
+def int8_input(x: Tensor, threshold: float) -> Tensor:
+    """The input (..., K) of LLM.int8() after rounding: int8 with one scale a row; columns in which any row reaches the
+    threshold stay as they are (`int8_vectorwise_quant` and `int8_mixed_scaled_mm` of bitsandbytes)."""
+    rows = x.reshape(-1, x.shape[-1])
+    large = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    scale = rows.masked_fill(large, 0).abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    rounded = torch.round(rows / scale) * scale
+    return torch.where(large.any(0), rows, rounded).reshape(x.shape)
 
 
 def used(config: Mapping[str, Any]) -> bool:
@@ -253,7 +268,9 @@ def layers(checkpoint: Checkpoint) -> dict[str, Stored]:
     for name, entry in checkpoint.tensors.items():
         if (site := owner(name)) in sizes and not name.endswith(".bias"):
             sizes[site] += entry.stop - entry.start
-    return {site: Stored(kind, sizes[site]) for site, kind in kinds.items()}
+    threshold = checkpoint.config["quantization_config"].get("llm_int8_threshold", 6.0)
+    threshold = float(threshold) if isinstance(threshold, (int, float)) else 6.0
+    return {site: Stored(kind, sizes[site], threshold) for site, kind in kinds.items()}
 
 
 def owner(name: str) -> str:

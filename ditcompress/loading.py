@@ -311,7 +311,7 @@ def load_model(
             module_name, _, leaf = name.rpartition(".")
             module = model.get_submodule(module_name) if module_name else model
             value = (
-                bnb.read(checkpoint, module_name, tuple(module.weight.shape))
+                bnb.read(checkpoint, module_name, meta.get_parameter(name).shape)
                 if leaf == "weight" and module_name in foreign
                 else checkpoint.read(name)
             )

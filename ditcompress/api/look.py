@@ -30,7 +30,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         blocks[block.rpartition(".")[0]] = blocks.get(block.rpartition(".")[0], 0) + 1
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     foreign = {name: module for name, module in model.named_modules() if isinstance(module, bnb.DecodedLinear)}
-    weights = sum(m.in_features * m.out_features for m in (*packed.values(), *foreign.values()))
+    linears: list[PackedLinear | bnb.DecodedLinear] = [*packed.values(), *foreign.values()]
+    weights = sum(int(m.in_features) * int(m.out_features) for m in linears)
     stored = sum(m.stored_bytes for m in packed.values()) + sum(m.stored.bytes for m in foreign.values())
     return {
         "name": Path(path).name,

@@ -109,9 +109,7 @@ def remarks(subject: Subject, rows: Sequence[Measurement], missing: Sequence[str
     if missing:
         notes.append(f"gated but not measured: {', '.join(missing)}")
     if bnb.used(subject.result.config):
-        notes.append(
-            "bitsandbytes weights were decoded beforehand: memory and times here are not those of bitsandbytes"
-        )
+        notes.append("bitsandbytes weights were decoded for this run: memory and times are not those of bitsandbytes")
     notes += filter(None, [moved(rows)])
     return notes
 

@@ -135,12 +135,18 @@ def _stored(layer: PackedLinear | DecodedLinear, weights: int) -> dict[str, Any]
     """How the weight is stored and run. Decoded weights of bitsandbytes run in floating point here."""
     if isinstance(layer, DecodedLinear):
         bits = 8 * layer.stored.bytes / weights
-        return {"bits": bits, "format": f"bitsandbytes-{layer.stored.kind}", "activation": "float", "kernel": "decoded"}
-    spec, activation = layer.scheme.weight, layer.scheme.activation
+        activation = "int8 per token" if layer.stored.kind == "int8" else "float"
+        return {
+            "bits": bits,
+            "format": f"bitsandbytes-{layer.stored.kind}",
+            "activation": activation,
+            "kernel": "decoded",
+        }
+    spec, inputs = layer.scheme.weight, layer.scheme.activation
     return {
         "bits": 8 * layer.stored_bytes / weights,
         "format": f"{spec.format}{spec.params.get('bits', '')}",
-        "activation": "float" if activation.mode == "none" else f"int{activation.bits} per {activation.mode}",
+        "activation": "float" if inputs.mode == "none" else f"int{inputs.bits} per {inputs.mode}",
         "kernel": kernel_for(layer.scheme, torch.device(subject_device(layer))),
     }
 
