@@ -21,6 +21,8 @@ def settle(plan: Plan, layout: Layout, model: nn.Module) -> Plan:
     spec = plan.layers[0].weight
     names, _ = bnb.split(model, plan.by_site())
     sites, decided = layout.by_name(), plan.by_site()
+    if not names:
+        raise DitcompressError("E205", "recipe", "diffusers keeps every planned linear in float32", "plan others")
     for name in names:
         if name not in sites:
             raise DitcompressError(

@@ -90,8 +90,7 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
-    foreign = chosen.backend == "bitsandbytes"
-    plan = _bitsandbytes.settle(plan, layout, meta) if foreign else plan
+    plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     if dry_run:
         return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
@@ -104,19 +103,18 @@ def quantize(
         found = _statistics_for(
             plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter, restart
         )
-        journal = None
-        if not foreign:
-            plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
-            marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed,
-                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
-            journal = work_folder(target, marks, restart=restart)
         component = checkpoint.component if checkpoint.pipeline else ""
         folder = partial / component
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-        if foreign:
+        journal = None
+        if chosen.backend == "bitsandbytes":
             outcome, quantization = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, reporter)
         else:
+            plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
+            marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed,
+                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+            journal = work_folder(target, marks, restart=restart)
             outcome = engine.run(
                 checkpoint, layout, plan, found.inputs if found else {}, RecipeSteps(), writer,
                 seed=seed, journal=journal, reporter=reporter,
