@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -23,6 +24,7 @@ from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.loading import load_model
 from ditcompress.models import dit, flux
+from ditcompress.models import registry as families
 from ditcompress.recipe import load_recipe, parse_recipe
 
 LAYER = "transformer_blocks.0.attn1.to_q"
@@ -44,9 +46,8 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stock(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
-    return DiTTransformer2DModel.from_pretrained(
-        folder, torch_dtype=dtype, device_map={"": "cpu"}, output_loading_info=True
-    )
+    cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+    return cls.from_pretrained(folder, torch_dtype=dtype, device_map={"": "cpu"}, output_loading_info=True)
 
 
 def params(kind: str, **changes: Any) -> dict[str, Any]:
@@ -93,6 +94,17 @@ def test_stock_diffusers_loads_the_folder_to_what_we_evaluate(
     assert type(model.get_submodule("proj_out_1")) is nn.Linear
     error = (run_model(model) - run_model(ours)).norm() / run_model(ours).norm()
     assert error < 0.02  # bitsandbytes computes in 16 bits
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["flux", "pixart", "sd3"])
+def test_stock_diffusers_loads_every_family(kind: str, family: str, tmp_path: Path, no_gpu_needed: None) -> None:
+    families.get(family).tiny().save_pretrained(tmp_path / "model")
+    result = api.quantize(tmp_path / "model", kind, tmp_path / "out")
+    model, info = stock(tmp_path / "out")
+    assert not any(info.values())
+    converted = {name for name, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+    assert converted == {record.site for record in result.records}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -239,6 +251,18 @@ def test_diffusers_converts_exactly_the_linears_that_are_stored(build: Any) -> N
     assert converted == chosen
     if build is flux.tiny:
         assert "proj_out" in chosen  # named as the linears of its single blocks
+
+
+def test_what_a_class_keeps_in_float32_is_not_quantized() -> None:
+    class Kept(nn.Module):
+        _keep_in_fp32_modules = ("norm",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.ModuleDict({"linear": nn.Linear(4, 4)})
+            self.body = nn.Linear(4, 4)
+
+    assert bnb.split(Kept(), ["norm.linear", "body"]) == (["body"], [])
 
 
 def test_rules_keep_layers_and_bits_are_those_of_the_files(tiny_dit: Path, tmp_path: Path) -> None:

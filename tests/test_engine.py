@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ import torch
 
 from ditcompress import api, engine, recipe
 from ditcompress.checkpoint.source import ModuleSource
-from ditcompress.models import registry as families
 from ditcompress.loading import load_model
+from ditcompress.models import registry as families
 from ditcompress.quantization import RecipeSteps, check_plan
 
 NAMES = [n for n in families.names() if n != "generic"]
