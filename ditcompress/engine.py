@@ -186,7 +186,7 @@ class _Worker:
             _check(stored)
             reference = weight if s is None else weight * s
             reference = reference if sign is None else rotate(reference, sign, decision.rotate)
-            records.append(_record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
+            records.append(record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
             schemes[site.name] = scheme_of(decision, how)
             tensors |= stored
         return tensors, records, schemes
@@ -289,7 +289,8 @@ def scheme_of(decision: LayerDecision, smooth: str) -> dict[str, Any]:
     }
 
 
-def _record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], smooth: str, sqnr: float) -> LayerRecord:
+def record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], smooth: str, sqnr: float) -> LayerRecord:
+    """What was done to one linear, its bits counted from `stored`."""
     size = sum(t.numel() * t.element_size() for t in stored.values())
     count = site.in_features * site.out_features
     return LayerRecord(

@@ -119,6 +119,30 @@ def _step(item: Any) -> StepSpec:
     raise ValueError("a step is a name, or a name with its parameters: {gptq: {damp: 0.01}}")
 
 
+class Bitsandbytes(_Strict):
+    """Options of the bitsandbytes backend, which has no data and no steps. `blocksize`, `double_quant` (of the scales)
+    and `compute_dtype` are of nf4 and fp4; `threshold` of int8: inputs above it are computed in 16 bits."""
+
+    quant_type: Literal["nf4", "fp4", "int8"]
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: bool = False
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    threshold: float = Field(6.0, ge=0)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Bitsandbytes:
+        other = {"blocksize", "double_quant", "compute_dtype"} if self.quant_type == "int8" else {"threshold"}
+        if wrong := sorted(other & self.model_fields_set):
+            raise ValueError(f"{wrong[0]} is no option of {self.quant_type}")
+        return self
+
+    def params(self) -> dict[str, Any]:
+        """The options that this type has, as JSON values."""
+        if self.quant_type == "int8":
+            return {"quant_type": "int8", "threshold": self.threshold}
+        return self.model_dump(exclude={"threshold"})
+
+
 class Recipe(_Strict):
     """A validated recipe. `source` names the paper of a faithful recipe and is empty for our own."""
 
@@ -127,11 +151,26 @@ class Recipe(_Strict):
     source: str = ""
     calibration: Calibration | None = None
     evaluation: Evaluation = Evaluation()
+    backend: Literal["ditcompress", "bitsandbytes"] = "ditcompress"
+    options: Bitsandbytes | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_one_backend(self) -> Recipe:
+        if (self.backend == "bitsandbytes") != (self.options is not None):
+            raise ValueError("backend: bitsandbytes and options go together")
+        for rule in self.rules if self.options else ():
+            if wrong := sorted(rule.model_fields_set - {"roles", "blocks", "names", "keep"}):
+                raise ValueError(f"{wrong[0]} in a rule means nothing to bitsandbytes")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `parse_recipe` reads back to an equal recipe."""
-        value = self.model_dump(mode="json")
+        value = self.model_dump(mode="json", exclude=None if self.options else {"backend", "options"})
+        if self.options:
+            value["options"] = self.options.params()
+            value["rules"] = [rule.model_dump(mode="json", exclude_unset=True) for rule in self.rules]
+            return value
         for rule, read in zip(value["rules"], self.rules, strict=True):
             rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
             if read.weight is not None:
@@ -208,7 +247,8 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The legal keys beside the unknown one that `location` ends in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "activation": Activation}
+        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "options": Bitsandbytes,
+                                             "activation": Activation}  # fmt: skip
         model = inner.get(str(part), model)
     return list(model.model_fields)
 
@@ -294,7 +334,9 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
     for site in layout.sites:
         for number, rule in enumerate(recipe.rules):
             if _matches(rule, site, layout):
-                if not rule.keep and rule.weight is not None:
+                if not rule.keep and recipe.options is not None:
+                    decisions.append(_foreign(recipe.options, site, f"rule {number + 1}"))
+                elif not rule.keep and rule.weight is not None:
                     decisions.append(_decide(rule, site, f"rule {number + 1}"))
                 break
     return Plan(tuple(decisions))
@@ -317,6 +359,12 @@ def _block_range(text: str, blocks: Sequence[str]) -> Sequence[str]:
         return blocks[int(text) :][:1]
     first, _, last = text.partition("-")
     return blocks[int(first) : int(last or first) + 1]
+
+
+def _foreign(options: Bitsandbytes, site: Site, reason: str) -> LayerDecision:
+    """What another library does to a linear."""
+    spec = WeightSpec(f"bitsandbytes-{options.quant_type}", options.params())
+    return LayerDecision(site.name, site.role, spec, reason=reason)
 
 
 def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:

@@ -33,6 +33,7 @@ from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
+from . import _bitsandbytes
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
 from .target import measured_db, retarget, with_target
 
@@ -119,6 +120,7 @@ def quantize(
     plan = checked_plan(chosen, layout)
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
     plan = checked_plan(chosen, layout)
+    plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     for note in fallbacks(chosen, plan, layout):
         reporter.note(note)
     if dry_run:
@@ -162,23 +164,30 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         manifest={"recipe": recipe.to_json(), "seed": job.seed, "input": {"fingerprint": checkpoint.fingerprint}},
     ) as partial:  # fmt: skip
         check_finite(checkpoint, job.reporter)
-        found = _statistics_for(plan, recipe, checkpoint, job)
-        inputs = found.inputs if found else {}
-        plan = choose(plan, layout, checkpoint.read, inputs)
-        marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
-                 "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
-        journal = work_folder(target, marks, restart=job.restart)
         component = checkpoint.component if checkpoint.pipeline else ""
         folder = partial / component
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
-        outcome = engine.run(
-            checkpoint, layout, plan, inputs, RecipeSteps(), writer, seed=job.seed, journal=journal,
-            reporter=job.reporter,
-        )  # fmt: skip
+        journal = None
+        if recipe.backend == "bitsandbytes":
+            meta = open_model(path, allow_compressed=False)[1]
+            outcome, config = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, job.reporter)
+        else:
+            found = _statistics_for(plan, recipe, checkpoint, job)
+            inputs = found.inputs if found else {}
+            plan = choose(plan, layout, checkpoint.read, inputs)
+            marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
+                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+            journal = work_folder(target, marks, restart=job.restart)
+            outcome = engine.run(
+                checkpoint, layout, plan, inputs, RecipeSteps(), writer, seed=job.seed, journal=journal,
+                reporter=job.reporter,
+            )  # fmt: skip
+            config = engine.quantization_config(recipe.name, outcome)
         files = writer.finish()
         checkpoint.verify_unchanged()
         size = sum(f.stat().st_size for f in files)
+        _write_config(folder, checkpoint.config, config)
         _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
@@ -188,8 +197,7 @@ def _describe(
     partial: Path, folder: Path, recipe: Recipe, checkpoint: Checkpoint, outcome: engine.Outcome, plan: Plan,
     name: str, size: int,
 ) -> None:  # fmt: skip
-    """Everything beside the weights: config, recipe, layers, trade-off, the rest of a pipeline, the model card."""
-    _write_config(folder, checkpoint.config, engine.quantization_config(recipe.name, outcome))
+    """Everything beside weights and config: recipe, layers, trade-off, the rest of a pipeline, the model card."""
     (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
     records = [asdict(record) for record in outcome.records]
     (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
@@ -233,7 +241,8 @@ def fallbacks(recipe: Recipe, plan: Plan, layout: Layout) -> list[str]:
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     """The recipe's plan for this model; E202 when nothing matches or a step or format is unknown."""
     plan = make_plan(recipe, layout)
-    check_plan(plan)
+    if recipe.options is None:
+        check_plan(plan)
     if not plan.layers:
         raise DitcompressError(
             "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
@@ -274,6 +283,8 @@ def _quantize_module(
     model: nn.Module, recipe: Recipe, statistics: str | Path | Statistics | None, seed: int, reporter: Reporter
 ) -> QuantizeResult:
     """A compressed copy of a model in memory; the original is not changed."""
+    if recipe.options is not None:
+        raise DitcompressError("E205", f"recipe {recipe.name}", "writes folders only", "save the model, give its path")
     register()
     source = ModuleSource(model)
     adapter = adapter_for(source.config)

@@ -129,7 +129,10 @@ def _show_result(result: QuantizeResult, recipe: str) -> None:
     print_text(
         f"{size(result.original_bytes)} -> {size(result.bytes)} ({ratio:.2f}x smaller), written to {result.path}"
     )
-    print_text("load it: import ditcompress; then plain diffusers from_pretrained")
+    if result.records and result.records[0].format.startswith("bitsandbytes"):
+        print_text("load it: plain diffusers from_pretrained, on a GPU")
+    else:
+        print_text("load it: import ditcompress; then plain diffusers from_pretrained")
 
 
 def export(
