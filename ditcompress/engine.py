@@ -182,6 +182,8 @@ class _Worker:
             extra = self._static(decision, weight, site, s) | (
                 {} if sign is None else {"rotate_sign": pack_signs(sign)}
             )
+            if decision.output_norm and "output_gain" not in encoded.extra:
+                raise DitcompressError("E202", site.name, "output_norm needs a step that is trained", "use terdit")
             stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
             _check(stored)
             reference = weight if s is None else weight * s
@@ -261,7 +263,7 @@ class _Worker:
 
 def stored_tensors(site: str, encoded: Any, smooth: Tensor | None, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is stored in place of one weight, under its full names."""
-    local = dict(encoded.packed.tensors)
+    local = {**encoded.packed.tensors, **encoded.extra}
     if encoded.low_rank is not None:
         local |= {"low_rank_up": encoded.low_rank[0], "low_rank_down": encoded.low_rank[1]}
     if smooth is not None:
@@ -286,6 +288,7 @@ def scheme_of(decision: LayerDecision, smooth: str) -> dict[str, Any]:
         "rank": decision.rank,
         "rotate": decision.rotate,
         "low_rank_input": decision.low_rank_input,
+        "output_norm": decision.output_norm,
     }
 
 

@@ -57,7 +57,8 @@ class LayerDecision:
     `smooth`: "none", "fold" (into the producer of the input) or "online" (the layer divides its input);
     `rank` of the low-rank residual kept in 16 bits (0: none); `rotate`: order of the block-diagonal Hadamard transform
     of the (smoothed) input, 0 for none; `low_rank_input`: whether the low-rank part reads the "rounded" input or the
-    "float" one; `reason`: the rule that decided.
+    "float" one; `output_norm`: whether the output is divided by its root mean square and multiplied by a learned gain;
+    `reason`: the rule that decided.
     """
 
     site: str
@@ -69,6 +70,7 @@ class LayerDecision:
     rank: int = 0
     rotate: int = 0
     low_rank_input: str = "rounded"
+    output_norm: bool = False
     reason: str = ""
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .distill.trainer import Settings
 from .errors import DitcompressError, printable
 from .hadamard import block_for
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
@@ -43,6 +44,19 @@ class Calibration(_Strict):
     reservoir: int = Field(1024, ge=0, le=1_000_000)
     weighting: Literal["none", "fisher"] = "none"
     labels: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+
+class Training(Settings):
+    """How steps that learn are trained (see the trainer's own fields): on `images` of the teacher's trajectories of
+    `sample_steps` steps, renewed every `refresh` steps, a share `null` without condition; `output` and `features` weigh
+    the losses."""
+
+    images: int = Field(128, ge=1)
+    refresh: int = Field(500, ge=1)
+    sample_steps: int = Field(25, ge=1, le=1000)
+    null: float = Field(0.15, ge=0, le=1)
+    output: float = Field(1.0, ge=0)
+    features: float = Field(0.0, ge=0)
 
 
 class Evaluation(_Strict):
@@ -92,6 +106,7 @@ class Rule(_Strict):
     rank: int = Field(0, ge=0)
     rotate: Literal["none", "full"] | Annotated[int, Field(ge=2)] = "none"
     low_rank_input: Literal["rounded", "float"] = "rounded"
+    output_norm: Literal["none", "rms"] = "none"
     steps: tuple[StepSpec, ...] = (StepSpec("rtn"),)
 
     @field_validator("steps", mode="before")
@@ -150,6 +165,7 @@ class Recipe(_Strict):
     description: str = ""
     source: str = ""
     calibration: Calibration | None = None
+    training: Training | None = None
     evaluation: Evaluation = Evaluation()
     backend: Literal["ditcompress", "bitsandbytes"] = "ditcompress"
     options: Bitsandbytes | None = None
@@ -247,8 +263,13 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The legal keys beside the unknown one that `location` ends in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "options": Bitsandbytes,
-                                             "activation": Activation}  # fmt: skip
+        inner: dict[str, type[BaseModel]] = {
+            "calibration": Calibration,
+            "training": Training,
+            "rules": Rule,
+            "options": Bitsandbytes,
+            "activation": Activation,
+        }
         model = inner.get(str(part), model)
     return list(model.model_fields)
 
@@ -383,6 +404,7 @@ def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
         rank,
         rotate,
         rule.low_rank_input,
+        rule.output_norm == "rms",
         reason,
     )
 

@@ -26,14 +26,16 @@ from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remov
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.verdict import margins_of
-from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
+from ..loading import DitcompressConfig, apply_schemes, as_loaded, load_model, open_model, register
 from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
+from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
 from . import _bitsandbytes
+from ._training import Overlay, check_training, learns, tune
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
 from .target import measured_db, retarget, with_target
 
@@ -179,9 +181,10 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
+            tuned = _tuned(job, recipe, checkpoint, layout, plan, inputs, journal) if learns(plan) else Tuned({}, {})
             outcome = engine.run(
-                checkpoint, layout, plan, inputs, RecipeSteps(), writer, seed=job.seed, journal=journal,
-                reporter=job.reporter,
+                Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
+                seed=job.seed, journal=journal, reporter=job.reporter,
             )  # fmt: skip
             config = engine.quantization_config(recipe.name, outcome)
         files = writer.finish()
@@ -191,6 +194,28 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
+
+
+def _tuned(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, inputs: Any, journal: Path
+) -> Tuned:
+    """What training finds for a checkpoint on disk."""
+    adapter = adapter_for(checkpoint.config)
+    model, _ = load_model(job.path, dtype=torch.float32, device=pick_device(job.device))
+    sampler = load_scheduler(
+        checkpoint.config, Path(job.scheduler) if job.scheduler else checkpoint.scheduler_folder, adapter, job.reporter
+    )
+    given = conditions_for(checkpoint, adapter, settings_of(recipe.calibration or Calibration(), job.seed),
+                           job.conditions, job.reporter)  # fmt: skip
+    return tune(
+        model, adapter, checkpoint.config, layout, sampler, given, plan, inputs, recipe, seed=job.seed,
+        guidance=_guidance(recipe, adapter, checkpoint.config), journal=journal, reporter=job.reporter,
+    )  # fmt: skip
+
+
+def _guidance(recipe: Recipe, adapter: Any, config: dict[str, Any]) -> float:
+    asked = recipe.calibration.guidance if recipe.calibration else None
+    return float(adapter.default_guidance(config) if asked is None else asked)
 
 
 def _describe(
@@ -243,6 +268,7 @@ def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     plan = make_plan(recipe, layout)
     if recipe.options is None:
         check_plan(plan)
+        check_training(recipe, plan)
     if not plan.layers:
         raise DitcompressError(
             "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
@@ -292,15 +318,25 @@ def _quantize_module(
     plan = checked_plan(recipe, layout)
     if isinstance(statistics, (str, Path)):
         statistics = load_statistics(Path(statistics))
-    if statistics is None and needs(plan):
-        settings = settings_of(recipe.calibration or Calibration(), seed)
+    settings = settings_of(recipe.calibration or Calibration(), seed)
+    if (statistics is None and needs(plan)) or learns(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
+    if statistics is None and needs(plan):
         statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
     inputs = statistics.inputs if statistics is not None else {}
     plan = choose(plan, layout, source.read, inputs)
-    outcome = engine.run(source, layout, plan, inputs, RecipeSteps(), sink, seed=seed, reporter=reporter)
+    tuned = Tuned({}, {})
+    if learns(plan):
+        tuned = tune(
+            model, adapter, source.config, layout, scheduler, given, plan, inputs, recipe, seed=seed,
+            guidance=_guidance(recipe, adapter, source.config), journal=None, reporter=reporter,
+        )  # fmt: skip
+    outcome = engine.run(
+        Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,
+        reporter=reporter,
+    )  # fmt: skip
     compressed = copy.deepcopy(model)
     fields = engine.quantization_config(recipe.name, outcome)
     config = DitcompressConfig(**{key: value for key, value in fields.items() if key != "quant_method"})

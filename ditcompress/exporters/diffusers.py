@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from ..checkpoint.writer import ShardWriter, copy_pipeline
+from ..errors import DitcompressError
 from ..loading import DitcompressConfig, expected_shapes, meta_model
 from ..models import build_meta
 from ..runtime.linear import PackedLinear
@@ -46,6 +47,11 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
     layers = config.layers if config else {}
+    for name in layers:
+        if _packed(model, name).scheme.output_norm:
+            raise DitcompressError(
+                "E205", name, "normalises its output", "use --format safetensors: no plain model does"
+            )
     stored = {f"{name}.{suffix}" for name in layers for suffix in _packed(model, name).stored}
     writer = ShardWriter(folder)
     digests: dict[str, str] = {}
