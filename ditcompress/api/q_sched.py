@@ -72,7 +72,9 @@ def q_sched(
 def _check(search: Search, steps: int) -> None:
     """E203 for values out of range."""
     if search.method not in METHODS:
-        raise DitcompressError("E203", f"--method {search.method}", "is not known", nearest(search.method, METHODS))
+        raise DitcompressError(
+            "E203", f"--method {search.method}", "is not known", nearest(search.method, list(METHODS))
+        )
     limits = {"--steps": (steps, 1, 1000), "--images": (search.images, 1, 100_000),
               "--held-out": (search.held_out, 2, 100_000), "--low": (search.low, 0.3, 1.0),
               "--high": (search.high, 1.0, 2.0)}  # fmt: skip

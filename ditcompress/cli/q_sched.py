@@ -72,9 +72,10 @@ def _show(facts: dict[str, Any]) -> None:
     for who in ("compressed", "control"):
         for name, row in facts[who]["held_out"].items():
             interval = f"{row['low']:+.3f} .. {row['high']:+.3f}"
-            rows.append([who, name, f"{row['all_ones']:.3f}", f"{row['searched']:.3f}", f"{row['difference']:+.3f}",
-                         interval, row["n"]])  # fmt: skip
-    header = ["model", "metric", "all ones", "searched", "difference", "95 % interval", "n"]
-    print_table("held-out images (control: the original in place of the compressed model)", header, rows)
+            values = f"{row['all_ones']:.3f}", f"{row['searched']:.3f}", f"{row['difference']:+.3f}"
+            rows.append([who, name, *values, interval])
+    header = ["model", "metric", "all ones", "searched", "difference", "95 % interval"]
+    title = f"{row['n']} held-out images (control: the original in place of the compressed model)"
+    print_table(title, header, rows)
     print_text(f"score: {facts['score']}")
     print_text(f"{facts['reason']}; written to {facts['out']}")

@@ -125,8 +125,7 @@ def subclass(stock: type) -> type:
 
 def _blank(stock: type) -> Any:
     """For pickle: the subclass cannot be found by its name, which is the stock class's."""
-    cls = subclass(stock)
-    return cls.__new__(cls)
+    return object.__new__(subclass(stock))
 
 
 def _in_dtype(result: Any, dtype: torch.dtype) -> Any:
