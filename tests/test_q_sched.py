@@ -245,7 +245,7 @@ import ditcompress
 import diffusers
 folder = sys.argv[1]
 first = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-pipe = diffusers.DiTPipeline.from_pretrained(folder, vae=None) if sys.argv[2] == "pipe" else None
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder, vae=diffusers.AutoencoderKL()) if sys.argv[2:] else None
 facts = json.load(open(folder + "/q_sched.json"))
 for scheduler in (first, *([pipe.scheduler] if pipe else [])):
     assert scheduler.config["qsched_model_coefficients"] == facts["qsched_model_coefficients"]
@@ -268,7 +268,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_stock_diffusers_in_a_fresh_process_applies_the_coefficients(tuned: Path) -> None:
-    done = run("-c", FRESH, tuned, "scheduler")
+    done = run("-c", FRESH, tuned, "pipeline")
     assert done.stdout.strip() == "applied", done.stderr
     plain = FRESH.replace("import ditcompress\n", "").split("pipe =")[0] + "\nprint(type(first).__mro__[1].__name__)"
     done = run("-c", plain, tuned)  # without ditcompress: the plain class, with a warning
@@ -278,7 +278,7 @@ def test_stock_diffusers_in_a_fresh_process_applies_the_coefficients(tuned: Path
 def test_a_pipeline_loads_saves_and_loads_again(tuned: Path, tmp_path: Path) -> None:
     index = json.loads((tuned / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tuned)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tuned, vae=diffusers.AutoencoderKL())
     assert isinstance(pipe.scheduler, Coefficients)
     pipe.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/model_index.json").read_text())["scheduler"] == index["scheduler"]
