@@ -52,6 +52,16 @@ class Evaluation(_Strict):
     margins: dict[str, float] = {}
 
 
+class SchedulerSearch(_Strict):
+    """Scheduler coefficients for few-step sampling, searched when the model is written; see `q-sched`."""
+
+    steps: int = Field(ge=1, le=1000)
+    method: Literal["trajectory", "gain", "grid"] = "trajectory"
+    images: int = Field(32, ge=1, le=100_000)
+    held_out: int = Field(128, ge=2, le=100_000)
+    guidance: float | None = Field(None, ge=0)
+
+
 class Weight(BaseModel):
     """`format` names a module of `formats/`; the other keys are its parameters."""
 
@@ -127,11 +137,14 @@ class Recipe(_Strict):
     source: str = ""
     calibration: Calibration | None = None
     evaluation: Evaluation = Evaluation()
+    scheduler_search: SchedulerSearch | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `parse_recipe` reads back to an equal recipe."""
         value = self.model_dump(mode="json")
+        if self.scheduler_search is None:
+            del value["scheduler_search"]  # most recipes have none
         for rule, read in zip(value["rules"], self.rules, strict=True):
             rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
             if read.weight is not None:
@@ -208,7 +221,9 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The legal keys beside the unknown one that `location` ends in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "activation": Activation}
+        inner: dict[str, type[BaseModel]] = {
+            "calibration": Calibration, "rules": Rule, "activation": Activation, "scheduler_search": SchedulerSearch,
+        }  # fmt: skip
         model = inner.get(str(part), model)
     return list(model.model_fields)
 

@@ -215,7 +215,9 @@ def test_trajectory_brings_the_end_closer_and_the_gain_is_least_squares(tuned: P
 
 def test_the_same_seed_gives_the_same_table_and_files(small: Path, tmp_path: Path) -> None:
     grids = [
-        api.q_sched(digits_folder(), small, tmp_path / n, method="grid", **{**FEW, "images": 2, "held_out": 4})
+        api.q_sched(
+            digits_folder(), small, tmp_path / n, method="grid", **{**FEW, "steps": 2, "images": 2, "held_out": 4}
+        )
         for n in "ab"
     ]
     assert grids[0] | {"out": ""} == grids[1] | {"out": ""}
@@ -300,6 +302,17 @@ def test_a_tuned_folder_can_be_tuned_again(tuned: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "o/scheduler/scheduler_config.json").read_text())
     assert config.get("qsched_steps", 3) == 3 and len(facts[MODEL]) == 3
     assert json.loads((tmp_path / "o/manifest.json").read_text())["recipe"]["name"] == "w4a16-rtn"
+
+
+def test_the_recipe_searches_at_the_end(tmp_path: Path) -> None:
+    few = [f"scheduler_search.{key}" for key in ("steps=4", "images=16", "held_out=48")]
+    api.quantize(digits_folder(), "q-sched", tmp_path / "o", overrides=few, device="cpu")
+    facts = json.loads((tmp_path / "o/q_sched.json").read_text())
+    config = json.loads((tmp_path / "o/scheduler/scheduler_config.json").read_text())
+    assert config.get(MODEL, [1.0] * STEPS) == facts[MODEL] and facts["kept"] == (MODEL in config)
+    assert json.loads((tmp_path / "o/transformer/recipe.json").read_text())["scheduler_search"]["steps"] == 4
+    with pytest.raises(DitcompressError, match=r"E202.*did you mean 'steps'"):
+        api.quantize(digits_folder(), "q-sched", tmp_path / "p", overrides=["scheduler_search.step=4"])
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
+from ..evaluation.q_sched import Search
 from ..evaluation.verdict import margins_of
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for
@@ -34,6 +35,7 @@ from ..quantization import RecipeSteps, check_plan, choose, needs
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
 from .calibration import cached_statistics, conditions_for, settings_of
+from .q_sched import search_settings, tune
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def quantize(
         elif checkpoint.scheduler_folder:
             _copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
+        _search_scheduler(path, partial, chosen, conditions, seed, device, dtype, reporter)
         card = quantized_card(
             f"{path.name}-{chosen.name}", path.name, checkpoint.class_name, chosen.to_json(), outcome.records,
             checkpoint.total_bytes, size, checkpoint.pipeline is not None,
@@ -131,6 +134,24 @@ def quantize(
         (partial / "README.md").write_text(card, encoding="utf-8")
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
+
+
+def _search_scheduler(
+    path: Path,
+    partial: Path,
+    recipe: Recipe,
+    conditions: str | Path | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    reporter: Reporter,
+) -> None:
+    """What the recipe's `scheduler_search` asks for, on the model just written."""
+    wanted = recipe.scheduler_search
+    if wanted is not None:
+        search = Search(wanted.method, wanted.images, wanted.held_out)
+        settings = search_settings(search, wanted.steps, wanted.guidance, seed, 0, device, dtype)
+        tune(path, partial, partial, settings, search, None, conditions, reporter)
 
 
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
@@ -187,6 +208,8 @@ def _quantize_module(
 ) -> QuantizeResult:
     """A compressed copy of a model in memory; the original is not changed."""
     register()
+    if recipe.scheduler_search is not None:
+        reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
     source = ModuleSource(model)
     adapter = adapter_for(source.config)
     layout = adapter.layout(model)

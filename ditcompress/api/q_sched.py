@@ -24,6 +24,7 @@ from ..runtime.coefficients import CLASSES, MODEL, SAMPLE, with_coefficients, wi
 from .calibration import pick_device, pick_dtype, read_prompts
 
 REPORT = "q_sched.json"
+SEED_OFFSET = 500_009
 
 
 def q_sched(
@@ -59,14 +60,21 @@ def q_sched(
     _check(search, steps)
     if not Path(compressed).is_dir():
         raise DitcompressError("E302", compressed, "is no folder", "give the folder that `quantize` wrote")
-    count = images + held_out
-    settings = EvaluateSettings(
-        pairs=count, images=count, inputs=count, steps=steps, guidance=guidance, seed=seed, batch=batch,
-        dtype=str(pick_dtype(dtype)).removeprefix("torch."), device=str(pick_device(device)),
-    )  # fmt: skip
+    settings = search_settings(search, steps, guidance, seed, batch, device, dtype)
     if dry_run:
         return {**asdict(search), "steps": steps, "out": str(out)}
     return _run(Path(original), Path(compressed), Path(out), settings, search, prompts, conditions, overwrite, reporter)
+
+
+def search_settings(
+    search: Search, steps: int, guidance: float | None, seed: int, batch: int, device: str, dtype: str
+) -> EvaluateSettings:
+    """Noise of its own: neither that of calibration nor that of `evaluate`."""
+    count = search.images + search.held_out
+    return EvaluateSettings(
+        pairs=count, images=count, inputs=count, steps=steps, guidance=guidance, seed=SEED_OFFSET + seed, batch=batch,
+        dtype=str(pick_dtype(dtype)).removeprefix("torch."), device=str(pick_device(device)),
+    )  # fmt: skip
 
 
 def _check(search: Search, steps: int) -> None:
@@ -105,24 +113,39 @@ def _run(
         if (compressed / MANIFEST).is_file():
             verify_manifest(compressed)
             marks.update({k: v for k, v in read_manifest(compressed).items() if k not in ("files", "tool", "version")})
-        subject = open_subject(
-            original, compressed, settings, conditions=Path(conditions) if conditions else None,
-            prompts=read_prompts(prompts), reporter=reporter,
-        )  # fmt: skip
-        subject = replace(subject, scheduler=_scheduler(subject))
-        judge = Judge(subject, search)
-        found, control = search_both(judge, reporter)
-        kept, reason = verdict(judge, found)
-        reporter.note(reason)
-        facts = _facts(subject, search, judge, found, control, kept, reason)
         copy_result(compressed, partial)
-        tuned = with_coefficients(subject.scheduler, found.model, found.sample) if kept else subject.scheduler
-        _write_scheduler(tuned, partial / "scheduler")
-        (partial / REPORT).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
-        subject.source.verify_unchanged()
-        subject.result.verify_unchanged()
+        facts = tune(original, compressed, partial, settings, search, prompts, conditions, reporter)
         marks["q_sched"] = {key: facts[key] for key in ("method", "steps", "kept", MODEL, SAMPLE)}
     return {"out": str(out), **facts}
+
+
+def tune(
+    original: Path,
+    compressed: Path,
+    target: Path,
+    settings: EvaluateSettings,
+    search: Search,
+    prompts: str | Path | None,
+    conditions: str | Path | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Search, judge, and write the scheduler and q_sched.json into the folder `target`; what q_sched.json holds."""
+    subject = open_subject(
+        original, compressed, settings, conditions=Path(conditions) if conditions else None,
+        prompts=read_prompts(prompts), reporter=reporter,
+    )  # fmt: skip
+    subject = replace(subject, scheduler=_scheduler(subject))
+    judge = Judge(subject, search)
+    found, control = search_both(judge, reporter)
+    kept, reason = verdict(judge, found)
+    reporter.note(reason)
+    facts = _facts(subject, search, judge, found, control, kept, reason)
+    tuned = with_coefficients(subject.scheduler, found.model, found.sample) if kept else subject.scheduler
+    _write_scheduler(tuned, target / "scheduler")
+    (target / REPORT).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    subject.source.verify_unchanged()
+    subject.result.verify_unchanged()
+    return facts
 
 
 def _scheduler(subject: Subject) -> Any:
