@@ -86,7 +86,7 @@ def _register_schedulers(schedulers: Any) -> None:
     schedulers.SchedulerMixin.from_config = classmethod(from_config)
 
 
-for _module, _register in ((_AUTO, _register_lazily), (_SCHEDULERS, _register_schedulers)):
+for _module, _register in ((_SCHEDULERS, _register_schedulers), (_AUTO, _register_lazily)):
     if _module in sys.modules:
         _register(sys.modules[_module])
     else:
