@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .distill.trainer import Settings
@@ -21,12 +20,12 @@ from .errors import DitcompressError, printable
 from .hadamard import block_for
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
 from .registry import nearest
+from .strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from .models.base import Layout, Site
 
 Role = Literal["qkv", "attn_out", "ffn_in", "ffn_out", "modulation", "time_embedding", "embedding", "head", "other"]
-MOST_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -64,6 +63,16 @@ class Evaluation(_Strict):
 
     profile: Literal["auto", "fidelity", "fidelity-latent", "quality"] = "auto"
     margins: dict[str, float] = {}
+
+
+class SchedulerSearch(_Strict):
+    """Scheduler coefficients for few-step sampling, searched when the model is written; see `q-sched`."""
+
+    steps: int = Field(ge=1, le=1000)
+    method: Literal["trajectory", "gain", "grid"] = "trajectory"
+    images: int = Field(32, ge=1, le=100_000)
+    held_out: int = Field(128, ge=2, le=100_000)
+    guidance: float | None = Field(None, ge=0)
 
 
 class Weight(BaseModel):
@@ -169,6 +178,7 @@ class Recipe(_Strict):
     evaluation: Evaluation = Evaluation()
     backend: Literal["ditcompress", "bitsandbytes"] = "ditcompress"
     options: Bitsandbytes | None = None
+    scheduler_search: SchedulerSearch | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -187,6 +197,8 @@ class Recipe(_Strict):
             value["options"] = self.options.params()
             value["rules"] = [rule.model_dump(mode="json", exclude_unset=True) for rule in self.rules]
             return value
+        if self.scheduler_search is None:
+            del value["scheduler_search"]  # most recipes have none
         for rule, read in zip(value["rules"], self.rules, strict=True):
             rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
             if read.weight is not None:
@@ -194,45 +206,7 @@ class Recipe(_Strict):
         return value
 
 
-# --- reading YAML ------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases and duplicate keys, with 1e-4 as a number."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is not text", key.start_mark)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789.")
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """One YAML document by the strict loader; E202 with the line on any fault."""
-    if len(text) > MOST_BYTES:
-        raise DitcompressError("E202", where, f"{len(text)} bytes, more than 1 MB", "a recipe is a short text file")
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}, line {mark.line + 1}" if mark else where
-        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
-        raise DitcompressError("E202", place, printable(problem), "correct the YAML") from None
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -269,6 +243,7 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
             "rules": Rule,
             "options": Bitsandbytes,
             "activation": Activation,
+            "scheduler_search": SchedulerSearch,
         }
         model = inner.get(str(part), model)
     return list(model.model_fields)

@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.conditions import Conditions
+from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
+from ..checkpoint.reader import Checkpoint
 from ..console import Reporter
 from ..distill.data import Trajectories
 from ..distill.trainer import Settings, train
 from ..errors import DitcompressError
+from ..loading import load_model
+from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps
 from ..quantization._trained import Imitation, Tuned, trained_step
-from ..recipe import Recipe, Training
+from ..recipe import Calibration, Recipe, Training
+from .calibration import conditions_for, pick_device, settings_of
 
 
 def learns(plan: Plan) -> bool:
@@ -60,6 +65,31 @@ def tune(
     first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
     reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
     return task.result(history.losses)
+
+
+def tuned_from(
+    checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *,
+    conditions: str | Path | None, scheduler: str | Path | None, seed: int, device: str, journal: Path,
+    reporter: Reporter,
+) -> Tuned:  # fmt: skip
+    """What training finds for a checkpoint on disk."""
+    adapter = adapter_for(checkpoint.config)
+    model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(device))
+    sampler = load_scheduler(
+        checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
+    )
+    settings = settings_of(recipe.calibration or Calibration(), seed)
+    given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
+    return tune(
+        model, adapter, checkpoint.config, layout, sampler, given, plan, statistics, recipe, seed=seed,
+        guidance=guidance_of(recipe, adapter, checkpoint.config), journal=journal, reporter=reporter,
+    )  # fmt: skip
+
+
+def guidance_of(recipe: Recipe, adapter: ModuleType, config: Mapping[str, Any]) -> float:
+    """The guidance of the recipe's calibration, else the family's usual one."""
+    asked = recipe.calibration.guidance if recipe.calibration else None
+    return float(adapter.default_guidance(config) if asked is None else asked)
 
 
 class Overlay:

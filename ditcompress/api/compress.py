@@ -26,7 +26,7 @@ from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remov
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.verdict import margins_of
-from ..loading import DitcompressConfig, apply_schemes, as_loaded, load_model, open_model, register
+from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
@@ -35,8 +35,10 @@ from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
 from . import _bitsandbytes
-from ._training import Overlay, check_training, learns, tune
+from ._notes import fallbacks
+from ._training import Overlay, check_training, guidance_of, learns, tune, tuned_from
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
+from .q_sched import search_scheduler
 from .target import measured_db, retarget, with_target
 
 MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's shortfall is known to about this
@@ -181,7 +183,12 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
-            tuned = _tuned(job, recipe, checkpoint, layout, plan, inputs, journal) if learns(plan) else Tuned({}, {})
+            tuned = Tuned({}, {})
+            if learns(plan):
+                tuned = tuned_from(
+                    checkpoint, layout, plan, inputs, recipe, conditions=job.conditions, scheduler=job.scheduler,
+                    seed=job.seed, device=job.device, journal=journal, reporter=job.reporter,
+                )  # fmt: skip
             outcome = engine.run(
                 Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
                 seed=job.seed, journal=journal, reporter=job.reporter,
@@ -192,30 +199,9 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         size = sum(f.stat().st_size for f in files)
         _write_config(folder, checkpoint.config, config)
         _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
+        search_scheduler(path, partial, recipe, job.conditions, job.seed, job.device, job.dtype, job.reporter)
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
-
-
-def _tuned(
-    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, inputs: Any, journal: Path
-) -> Tuned:
-    """What training finds for a checkpoint on disk."""
-    adapter = adapter_for(checkpoint.config)
-    model, _ = load_model(job.path, dtype=torch.float32, device=pick_device(job.device))
-    sampler = load_scheduler(
-        checkpoint.config, Path(job.scheduler) if job.scheduler else checkpoint.scheduler_folder, adapter, job.reporter
-    )
-    given = conditions_for(checkpoint, adapter, settings_of(recipe.calibration or Calibration(), job.seed),
-                           job.conditions, job.reporter)  # fmt: skip
-    return tune(
-        model, adapter, checkpoint.config, layout, sampler, given, plan, inputs, recipe, seed=job.seed,
-        guidance=_guidance(recipe, adapter, checkpoint.config), journal=journal, reporter=job.reporter,
-    )  # fmt: skip
-
-
-def _guidance(recipe: Recipe, adapter: Any, config: dict[str, Any]) -> float:
-    asked = recipe.calibration.guidance if recipe.calibration else None
-    return float(adapter.default_guidance(config) if asked is None else asked)
 
 
 def _describe(
@@ -237,30 +223,6 @@ def _describe(
         checkpoint.total_bytes, size, checkpoint.pipeline is not None,
     )  # fmt: skip
     (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def fallbacks(recipe: Recipe, plan: Plan, layout: Layout) -> list[str]:
-    """One line for each kind of fallback that the plan takes: groups that do not divide a width, transforms in blocks,
-    ranks above a width."""
-    widths = {site.name: (site.in_features, site.out_features) for site in layout.sites}
-    short: dict[tuple[int, int], int] = {}
-    blocks: dict[tuple[int, int], int] = {}
-    for layer in plan.layers:
-        width = widths[layer.site][0]
-        group = int(layer.weight.params.get("group", 0)) if layer.weight.params.get("layout") == "group" else 0
-        for size in {group, layer.activation.group} - {0}:
-            if width % size:
-                short[(size, width)] = short.get((size, width), 0) + 1
-        if layer.rotate and layer.rotate != width:
-            blocks[(layer.rotate, width)] = blocks.get((layer.rotate, width), 0) + 1
-    asked = max((rule.rank for rule in recipe.rules), default=0)
-    least = min((min(widths[layer.site]) for layer in plan.layers if layer.rank), default=asked)
-    return [
-        *(f"group {g} does not divide width {w} ({n} linears): the last group of a row is shorter"
-          for (g, w), n in sorted(short.items())),
-        *(f"width {w} is transformed in blocks of {b} ({n} linears)" for (b, w), n in sorted(blocks.items())),
-        *([f"rank {asked} is above width {least}: the width is used there"] if asked > least else []),
-    ]  # fmt: skip
 
 
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
@@ -312,6 +274,8 @@ def _quantize_module(
     if recipe.options is not None:
         raise DitcompressError("E205", f"recipe {recipe.name}", "writes folders only", "save the model, give its path")
     register()
+    if recipe.scheduler_search is not None:
+        reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
     source = ModuleSource(model)
     adapter = adapter_for(source.config)
     layout = adapter.layout(model)
@@ -331,7 +295,7 @@ def _quantize_module(
     if learns(plan):
         tuned = tune(
             model, adapter, source.config, layout, scheduler, given, plan, inputs, recipe, seed=seed,
-            guidance=_guidance(recipe, adapter, source.config), journal=None, reporter=reporter,
+            guidance=guidance_of(recipe, adapter, source.config), journal=None, reporter=reporter,
         )  # fmt: skip
     outcome = engine.run(
         Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,
