@@ -43,7 +43,7 @@ def test_every_recipe_works_on_every_family(name: str, recipe_name: str, tmp_pat
     assert compressed is not None and result.records
     before, after = forward(family, model), forward(family, compressed)
     relative = float((after - before).norm() / before.norm())
-    assert 0 < relative < (0.1 if "w8" in recipe_name else 0.8)
+    assert 0 < relative < (0.1 if "w8" in recipe_name else 1.5 if "ter" in recipe_name else 0.8)
 
 
 SMALL = ["calibration.samples=2", "calibration.steps=2"]
@@ -61,7 +61,11 @@ def quick(name: str) -> recipe.Recipe:
     for rule in found.rules:
         steps = [StepSpec(s.name, {**s.params, **LESS.get(s.name, {})}) for s in rule.steps]
         rules.append(rule.model_copy(update={"steps": tuple(steps)}))
-    return found.model_copy(update={"rules": tuple(rules)})
+    fewer = {"rules": tuple(rules)}
+    if found.training is not None:
+        few = {"steps": 3, "batch": 4, "images": 4, "sample_steps": 2}
+        return found.model_copy(update={**fewer, "training": found.training.model_copy(update=few)})
+    return found.model_copy(update=fewer)
 
 
 @pytest.mark.parametrize("name", NAMES)

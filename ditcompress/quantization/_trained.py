@@ -155,6 +155,7 @@ class Imitation:
         """Gains under which the normalised output of the rounded linear is nearest to the teacher's on one batch."""
         if not sites:
             return
+        first = self.data.batch(0, max(self.size, 64))
         seen: dict[str, list[Tensor]] = {}
         handles = []
         for site in sites:
@@ -162,7 +163,6 @@ class Imitation:
                 module = model.get_submodule(site)
                 handles.append(module.register_forward_hook(
                     lambda m, a, y, site=site: seen.setdefault(site, []).append(y.detach())))  # fmt: skip
-        first = self.data.batch(0, max(self.size, 64))
         with torch.no_grad():
             for model in (self.teacher, self.student):
                 self.data.adapter.predict(model, first.latents, first.timestep, first.cond)
