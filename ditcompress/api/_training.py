@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps
+from ..quantization._runner import Runner
 from ..quantization._trained import Imitation, Tuned, trained_step
 from ..recipe import Calibration, Recipe, Training
 from .calibration import conditions_for, pick_device, settings_of
@@ -42,37 +44,28 @@ def check_training(recipe: Recipe, plan: Plan) -> None:
             raise DitcompressError("E202", decision.reason, "rotated inputs are not trained", "leave out rotate")
 
 
-def tune(
-    model: nn.Module, adapter: ModuleType, config: Mapping[str, Any], layout: Layout, scheduler: Any,
-    conditions: Conditions, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *, seed: int,
-    guidance: float, journal: Path | None, reporter: Reporter,
-) -> Tuned:  # fmt: skip
-    """Train the plan's learning steps on `model`, which is not changed."""
-    wanted = recipe.training or Training()
-    sampling = Sampling(wanted.sample_steps, guidance, seed + 7919, batch=wanted.images)
-    data = Trajectories(
-        model, adapter, config, scheduler, conditions, sampling, images=wanted.images, refresh=wanted.refresh,
-        null=wanted.null,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        task = Imitation(
-            model, layout, plan, statistics, RecipeSteps(), data, batch=wanted.batch, total=wanted.steps,
-            features=wanted.features, output=wanted.output, seed=seed,
-        )  # fmt: skip
-        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
-        history = train(task, settings, journal=journal, reporter=reporter)
-    first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
-    reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
-    return task.result(history.losses)
+@dataclass(frozen=True)
+class Driven:
+    """A model with what drives it."""
+
+    model: nn.Module
+    adapter: ModuleType
+    config: Mapping[str, Any]
+    scheduler: Any
+    conditions: Conditions
+    guidance: float
+
+    def runner(self, seed: int) -> Runner:
+        """For steps that decide by running the model: a few steps of a few images."""
+        sampling = Sampling(5, self.guidance, seed + 104729)
+        return Runner(self.model, self.adapter, self.config, self.scheduler, self.conditions, sampling)
 
 
-def tuned_from(
-    checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *,
-    conditions: str | Path | None, scheduler: str | Path | None, seed: int, device: str, journal: Path,
-    reporter: Reporter,
-) -> Tuned:  # fmt: skip
-    """What training finds for a checkpoint on disk."""
+def driven(
+    checkpoint: Checkpoint, recipe: Recipe, conditions: str | Path | None, scheduler: str | Path | None, seed: int,
+    device: str, reporter: Reporter,
+) -> Driven:  # fmt: skip
+    """The model of a checkpoint on disk, in float32."""
     adapter = adapter_for(checkpoint.config)
     model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(device))
     sampler = load_scheduler(
@@ -80,10 +73,32 @@ def tuned_from(
     )
     settings = settings_of(recipe.calibration or Calibration(), seed)
     given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
-    return tune(
-        model, adapter, checkpoint.config, layout, sampler, given, plan, statistics, recipe, seed=seed,
-        guidance=guidance_of(recipe, adapter, checkpoint.config), journal=journal, reporter=reporter,
+    guidance = guidance_of(recipe, adapter, checkpoint.config)
+    return Driven(model, adapter, checkpoint.config, sampler, given, guidance)
+
+
+def tune(
+    by: Driven, layout: Layout, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *, seed: int,
+    journal: Path | None, reporter: Reporter,
+) -> Tuned:  # fmt: skip
+    """Train the plan's learning steps on the model, which is not changed."""
+    wanted = recipe.training or Training()
+    sampling = Sampling(wanted.sample_steps, by.guidance, seed + 7919, batch=wanted.images)
+    data = Trajectories(
+        by.model, by.adapter, by.config, by.scheduler, by.conditions, sampling, images=wanted.images,
+        refresh=wanted.refresh, null=wanted.null,
     )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        task = Imitation(
+            by.model, layout, plan, statistics, RecipeSteps(), data, batch=wanted.batch, total=wanted.steps,
+            features=wanted.features, output=wanted.output, seed=seed,
+        )  # fmt: skip
+        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
+        history = train(task, settings, journal=journal, reporter=reporter)
+    first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
+    reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
+    return task.result(history.losses)
 
 
 def guidance_of(recipe: Recipe, adapter: ModuleType, config: Mapping[str, Any]) -> float:

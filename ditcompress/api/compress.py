@@ -30,13 +30,13 @@ from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, r
 from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
-from ..quantization import RecipeSteps, check_plan, choose, needs
+from ..quantization import RecipeSteps, check_plan, choose, measures, needs
 from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
 from . import _bitsandbytes
 from ._notes import fallbacks
-from ._training import Overlay, check_training, guidance_of, learns, tune, tuned_from
+from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
 from .q_sched import search_scheduler
 from .target import measured_db, retarget, with_target
@@ -179,15 +179,17 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         else:
             found = _statistics_for(plan, recipe, checkpoint, job)
             inputs = found.inputs if found else {}
-            plan = choose(plan, layout, checkpoint.read, inputs)
+            by = None
+            if learns(plan) or measures(plan):
+                by = driven(checkpoint, recipe, job.conditions, job.scheduler, job.seed, job.device, job.reporter)
+            plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None)
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
             tuned = Tuned({}, {})
-            if learns(plan):
-                tuned = tuned_from(
-                    checkpoint, layout, plan, inputs, recipe, conditions=job.conditions, scheduler=job.scheduler,
-                    seed=job.seed, device=job.device, journal=journal, reporter=job.reporter,
+            if by is not None and learns(plan):
+                tuned = tune(
+                    by, layout, plan, inputs, recipe, seed=job.seed, journal=journal, reporter=job.reporter
                 )  # fmt: skip
             outcome = engine.run(
                 Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
@@ -283,20 +285,19 @@ def _quantize_module(
     if isinstance(statistics, (str, Path)):
         statistics = load_statistics(Path(statistics))
     settings = settings_of(recipe.calibration or Calibration(), seed)
-    if (statistics is None and needs(plan)) or learns(plan):
+    by = None
+    if (statistics is None and needs(plan)) or learns(plan) or measures(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
-    if statistics is None and needs(plan):
-        statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
+        by = Driven(model, adapter, source.config, scheduler, given, guidance_of(recipe, adapter, source.config))
+        if statistics is None and needs(plan):
+            statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
     inputs = statistics.inputs if statistics is not None else {}
-    plan = choose(plan, layout, source.read, inputs)
+    plan = choose(plan, layout, source.read, inputs, (lambda: by.runner(seed)) if by else None)
     tuned = Tuned({}, {})
-    if learns(plan):
-        tuned = tune(
-            model, adapter, source.config, layout, scheduler, given, plan, inputs, recipe, seed=seed,
-            guidance=guidance_of(recipe, adapter, source.config), journal=None, reporter=reporter,
-        )  # fmt: skip
+    if by is not None and learns(plan):
+        tuned = tune(by, layout, plan, inputs, recipe, seed=seed, journal=None, reporter=reporter)
     outcome = engine.run(
         Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,
         reporter=reporter,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import DitcompressError
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
+from ._runner import Runner
 from .base import Encoded, Group, Layer, range_scale, registry, step_module, validated
 
 __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
@@ -60,8 +61,20 @@ class RecipeSteps:
         return module.encode(layer, params)
 
 
-def choose(plan: Plan, layout: Layout, read: Callable[[str], Tensor], statistics: Mapping[str, Any]) -> Plan:
-    """The plan after every step with a `choose` phase has decided from weights and statistics.
+def measures(plan: Plan) -> bool:
+    """Whether any step of the plan decides by running the model."""
+    return any(hasattr(registry.get(s.name), "choose_measured") for d in plan.layers for s in d.steps)
+
+
+def choose(
+    plan: Plan,
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    statistics: Mapping[str, Any],
+    runner: Callable[[], Runner] | None = None,
+) -> Plan:
+    """The plan after every step with a `choose` phase has decided from weights and statistics, or one with a
+    `choose_measured` phase by running the model.
 
     `read` gives the tensor of a name. Such a step is asked once, about the whole plan.
     """
@@ -70,6 +83,11 @@ def choose(plan: Plan, layout: Layout, read: Callable[[str], Tensor], statistics
     for decision in plan.layers:
         for step in decision.steps:
             module, params = step_module(step)
+            if step.name not in asked and hasattr(module, "choose_measured"):
+                asked.add(step.name)
+                assert runner is not None
+                weight_of = lambda name: read(f"{name}.weight")  # noqa: E731
+                plan = Plan(tuple(module.choose_measured(plan.layers, weight_of, params, runner())), plan.curve)
             if step.name not in asked and hasattr(module, "choose"):
                 asked.add(step.name)
                 by_site = {d.site: statistics.get(keys[d.site]) for d in plan.layers}
