@@ -21,11 +21,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from ditcompress import api
+from ditcompress.calibration.conditions import get_conditions
+from ditcompress.calibration.trajectory import Sampling, sample
 from ditcompress.console import Silent, print_table
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
@@ -34,7 +37,11 @@ from ditcompress.models import adapter_for
 
 Batch = tuple[Tensor, Tensor, Tensor]  # noised images, timesteps, labels
 Peer = tuple[str, float, Callable[[nn.Module], nn.Module]]  # name, stored bits, quantizer
-OURS = ("w8a8", "w4a8", "w4a16", "w8a16", "w4a16-rtn", "w4a8-ditas")
+OURS = (
+    "w8a8", "w8a8-token", "w4a8", "w4a4", "w4a16", "w3a16", "w2a16", "w2a16-vq", "fp8", "nvfp4", "mxfp4", "w8a16",
+    "w4a16-rtn", "w4a8-ditas", "ptq4dm-w8a8", "vidit-q-w8a8", "vidit-q-w4a8", "vidit-q-mp", "hq-dit-w4a4",
+    "svdquant-w4a4", "svdquant-nvfp4", "q-dit",
+)  # fmt: skip
 
 
 def noised(images: Tensor, labels: Tensor, null: int, scheduler: object, seed: int) -> Batch:
@@ -169,27 +176,50 @@ def peers(width: int, calibration: Batch) -> Iterator[Peer | str]:
             yield f"{source.__name__.removesuffix('_peers')}: skipped ({type(error).__name__}: {error})"
 
 
-def peer_rows(model: nn.Module, test: Batch, reference: Tensor, calibration: Batch) -> list[list[str]]:
+class Pairs:
+    """Images of the original with fixed noise and labels, and the PSNR of another model's to them."""
+
+    def __init__(self, model: nn.Module, config: dict[str, object], scheduler: object, count: int, steps: int) -> None:
+        self.adapter, self.config, self.scheduler = adapter_for(config), config, scheduler
+        self.sampling = Sampling(steps, self.adapter.default_guidance(config), 777, batch=32)
+        source = SimpleNamespace(config=config, pipeline=None)
+        self.conditions = get_conditions(source, self.adapter, max(count, 1), 777)
+        self.images = self._images(model) if count else None
+
+    def _images(self, model: nn.Module) -> Tensor:
+        return sample(model, self.adapter, self.config, self.scheduler, self.conditions, self.sampling)
+
+    def psnr(self, model: nn.Module) -> str:
+        """Mean PSNR in dB of the pairs, for values from -1 to 1."""
+        if self.images is None:
+            return ""
+        error = (self._images(model).clamp(-1, 1) - self.images.clamp(-1, 1)).flatten(1).square().mean(1)
+        return f"{(10 * torch.log10(4 / error.clamp_min(1e-12))).mean():.2f}"
+
+
+def peer_rows(model: nn.Module, test: Batch, reference: Tensor, calibration: Batch, pairs: Pairs) -> list[list[str]]:
     width = next(model.get_submodule(name).in_features for name in block_linears(model))
     rows = []
     for peer in peers(width, calibration):
         if isinstance(peer, str):
-            rows.append([peer, "", "", ""])
+            rows.append([peer, "", "", "", ""])
             continue
         name, bits, quantize = peer
         started = time.time()
         try:
             quantized = quantize(copy.deepcopy(model))
+            seconds = time.time() - started
             value = f"{output_sqnr_db(reference, outputs(quantized, test)):.2f}"
+            psnr = pairs.psnr(quantized)
         except Exception as error:
-            value = f"failed: {type(error).__name__}"
-        rows.append([name, f"{bits:.3f}", value, f"{time.time() - started:.1f}"])
+            value, psnr, seconds = f"failed: {type(error).__name__}", "", time.time() - started
+        rows.append([name, f"{bits:.3f}", value, psnr, f"{seconds:.1f}"])
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 def our_rows(
-    path: Path, recipes: list[str], test: Batch, reference: Tensor, options: argparse.Namespace
+    path: Path, recipes: list[str], test: Batch, reference: Tensor, options: argparse.Namespace, pairs: Pairs
 ) -> list[list[str]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -207,7 +237,8 @@ def our_rows(
             assert result.path is not None
             compressed, _ = load_model(result.path)
             value = output_sqnr_db(reference, outputs(compressed, test))
-            rows.append([f"ditcompress {Path(recipe).stem}", f"{result.bits:.3f}", f"{value:.2f}", f"{seconds:.1f}"])
+            name = f"ditcompress {Path(recipe).stem}"
+            rows.append([name, f"{result.bits:.3f}", f"{value:.2f}", pairs.psnr(compressed), f"{seconds:.1f}"])
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -217,6 +248,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder; the embedded digits model by default")
     parser.add_argument("--scenes", type=Path, help="folder with scenes.py, for a scenes checkpoint")
     parser.add_argument("--inputs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=64, help="images sampled with the original's noise; 0 for none")
+    parser.add_argument("--steps", type=int, default=25, help="of their sampler")
     parser.add_argument("--seed", type=int, default=999)
     parser.add_argument("--recipes", nargs="*", default=list(OURS))
     parser.add_argument("--set", action="append", default=[])
@@ -235,10 +268,12 @@ def main() -> None:
     )
     test, calibration = make(options.inputs, options.seed), make(32, options.seed + 1)
     reference = outputs(model, test)
-    rows = our_rows(path, options.recipes, test, reference, options)
+    pairs = Pairs(model, checkpoint.config, scheduler, options.pairs, options.steps)
+    rows = our_rows(path, options.recipes, test, reference, options, pairs)
     if not options.no_peers:
-        rows += peer_rows(model, test, reference, calibration)
-    print_table(f"output SQNR on {options.inputs} held-out inputs ({path.name})", ["method", "bits", "dB", "s"], rows)
+        rows += peer_rows(model, test, reference, calibration, pairs)
+    title = f"output SQNR on {options.inputs} held-out inputs, PSNR of {options.pairs} pairs ({path.name})"
+    print_table(title, ["method", "bits", "dB", "PSNR", "s"], rows)
     if options.json:
         options.json.write_text(
             json.dumps({"model": path.name, "inputs": options.inputs, "rows": rows}, indent=2) + "\n"
