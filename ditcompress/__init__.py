@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "quantize", "sample"]
+__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "prune", "quantize", "sample"]
 
 _AUTO = "diffusers.quantizers.auto"
 

@@ -1,4 +1,4 @@
-"""Changes of structure along one axis: fold a scale, reorder units, cut units, split a feed-forward into experts.
+"""Changes of structure: fold a scale, reorder units, cut units, split a feed-forward into experts, remove blocks.
 
 Each is exact where the axis says so: the writers' rows and the readers' columns change together, at their own
 offsets where an axis is one of several that are concatenated. The contract suite holds every family's table to it.
@@ -9,12 +9,14 @@ Terms: an axis has `size` channels in units of `unit_size` (a head, a neuron); a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .errors import DitcompressError
+from .models import Depth, shortened
 from .models.base import Axis, Layout, Site
 
 
@@ -256,3 +258,34 @@ class _Rooted(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         return self.module.get_submodule(target[len(self.path) + 1 :])
+
+
+# --- whole blocks ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_blocks(model: nn.Module, depth: Depth, removed: Collection[str]) -> Iterator[nn.Module]:
+    """The running model as it is without the blocks `removed`: its lists and its configuration are exchanged inside and
+    put back afterwards; no weight is copied."""
+    config = dict(model.config)  # type: ignore[arg-type]
+    named = {**config, "_class_name": config.get("_class_name") or type(model).__name__}
+    shorter = shortened(named, depth, removed)
+    changed = {key: value for key, value in shorter.items() if key in config and config[key] != value}
+    lists = {owner: getattr(model, owner) for owner in depth.lists}
+    gone = set(removed)
+    try:
+        for owner, blocks in lists.items():
+            kept = [block for number, block in enumerate(blocks) if f"{owner}.{number}" not in gone]
+            setattr(model, owner, nn.ModuleList(kept))
+        model.register_to_config(**changed)  # type: ignore[operator]
+        yield model
+    finally:
+        for owner, blocks in lists.items():
+            setattr(model, owner, blocks)
+        model.register_to_config(**{key: config[key] for key in changed})  # type: ignore[operator]
+
+
+def remove_blocks(model: nn.Module, depth: Depth, removed: Collection[str]) -> nn.Module:
+    """A copy of `model` without the blocks `removed`, renumbered; `model` is not changed."""
+    with without_blocks(model, depth, removed):
+        return copy.deepcopy(model)

@@ -6,9 +6,11 @@ from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
+from .prune import PruneResult, prune, sensitivity
 from .runs import compare, sample
 
 __all__ = [
+    "PruneResult",
     "QuantizeResult",
     "calibrate",
     "calibration_plan",
@@ -20,8 +22,10 @@ __all__ = [
     "export",
     "inspect",
     "parse_margins",
+    "prune",
     "quantize",
     "quantize_facts",
     "report",
     "sample",
+    "sensitivity",
 ]

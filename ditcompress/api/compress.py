@@ -122,7 +122,7 @@ def quantize(
         if checkpoint.pipeline:
             copy_pipeline(checkpoint.pipeline, partial, component)
         elif checkpoint.scheduler_folder:
-            _copy_scheduler(checkpoint.scheduler_folder, partial)
+            copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
         card = quantized_card(
             f"{path.name}-{chosen.name}", path.name, checkpoint.class_name, chosen.to_json(), outcome.records,
@@ -144,7 +144,7 @@ def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     return plan
 
 
-def _copy_scheduler(folder: Path, partial: Path) -> None:
+def copy_scheduler(folder: Path, partial: Path) -> None:
     target = partial / "scheduler"
     target.mkdir(exist_ok=True)
     (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())

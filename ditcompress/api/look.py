@@ -126,12 +126,13 @@ def explain(name: str) -> dict[str, Any]:
     E201 for a name that nothing has."""
     from ..evaluation import distribution, external, extractors, layouts, metrics
     from ..formats.base import registry as formats
+    from ..pruning.base import registry as prunings
     from ..quantization.base import registry as steps
 
     kinds = {
-        "steps": steps, "formats": formats, "metrics": metrics.registry, "distributions": distribution.registry,
-        "external": external.registry, "extractors": extractors.registry, "layouts": layouts.registry,
-        "exporters": exporters,
+        "steps": steps, "pruning methods": prunings, "formats": formats, "metrics": metrics.registry,
+        "distributions": distribution.registry, "external": external.registry, "extractors": extractors.registry,
+        "layouts": layouts.registry, "exporters": exporters,
     }  # fmt: skip
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}

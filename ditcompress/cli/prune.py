@@ -1,0 +1,80 @@
+"""prune: fewer blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import print_table, print_text
+from . import common
+from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
+
+if TYPE_CHECKING:
+    from ..api import PruneResult
+
+Method = Annotated[str, typer.Option("--method", "-m", help="How blocks are chosen; `explain NAME` says more.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the method: key=value (repeatable).")]
+
+
+def prune(
+    checkpoint: Checkpoint,
+    ratio: Annotated[float, typer.Option(help="Share of all blocks' cost to remove, between 0 and 1.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-pruned beside it).")
+    ] = None,
+    by: Annotated[str, typer.Option(help="The cost: params, flops or latency.")] = "params",
+    method: Method = "oracle-greedy",
+    set_: Set = None,
+    conditions: Conditions = None,
+    scheduler: Scheduler = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Remove whole blocks. Stock diffusers loads the result, without this package; nothing is trained.
+
+    Methods: random, magnitude, taylor, shortgpt, sana-bi, flux-lite, laptop-diff, oracle-greedy.
+    """
+    with common.command(as_json, debug):
+        from .. import api
+
+        result = api.prune(
+            checkpoint, ratio, out, by=by, method=method, overrides=set_ or (), conditions=conditions,
+            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, dry_run=dry_run,
+            reporter=common.reporter(quiet, as_json),
+        )  # fmt: skip
+        path = None if result.path is None else str(result.path)
+        common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))
+
+
+def _show(result: PruneResult) -> None:
+    facts = result.facts
+    rows = [[n, _value(s), "removed" if n in facts["order"] else "kept"] for n, s in facts["scores"].items()]
+    rows += [[block, "", f"kept: {why}"] for block, why in facts["fixed"].items()]
+    print_table(f"blocks by {facts['method']} (higher = keep)", ["block", "score", ""], rows)
+    share = f"{100 * facts['saved']:.1f} % of the blocks' {facts['by']}"
+    told = "" if facts["output_sqnr_db"] is None else f", SQNR of the prediction {facts['output_sqnr_db']:.2f} dB"
+    print_text(f"{len(facts['removed'])} blocks removed, {share}{told}")
+    print_text("nothing was written" if result.path is None else f"written to {result.path}: stock diffusers loads it")
+
+
+def _value(score: float | None) -> str:
+    return "" if score is None else f"{score:.4g}"
+
+
+def show_sensitivity(facts: dict[str, Any]) -> None:
+    """Importance of each block, a column a timestep."""
+    times = facts["timesteps"]
+    rows: list[list[object]] = [
+        [row["block"], _value(row["score"]), *(_value(v) for v in row["by_timestep"])] for row in facts["blocks"]
+    ]
+    rows += [[block, why, *[""] * len(times)] for block, why in facts["fixed"].items()]
+    columns = ["block", "mean", *(f"t {time:.0f}" for time in times)]
+    print_table(f"sensitivity by {facts['method']} (higher = keep)", columns, rows)
