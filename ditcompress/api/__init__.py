@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
+from .depth import PruneResult, prune, sensitivity
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
-from .prune import PruneResult, prune, sensitivity
 from .runs import compare, sample
 
 __all__ = [

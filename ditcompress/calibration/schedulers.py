@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,21 +47,29 @@ def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: Modu
         raise DitcompressError("E332", path, f"does not build ({error})", "restore the original file") from None
 
 
-def sampler_weights(scheduler: Any, steps: int) -> tuple[list[float], np.ndarray]:
+def sampler_weights(
+    scheduler: Any, steps: int, ready: Callable[[], Any] | None = None
+) -> tuple[list[float], np.ndarray]:
     """Timesteps, and for each step the squared change of the next latent for a unit change of the prediction.
 
-    Measured on the scheduler itself with scalar latents, so it holds for every diffusers scheduler.
+    Measured on the scheduler itself with scalar latents, so it holds for every diffusers scheduler. `ready` gives a
+    fresh copy with its timesteps set, where more than their number is needed for that.
     """
+
+    def plain() -> Any:
+        fresh = copy.deepcopy(scheduler)
+        fresh.set_timesteps(steps)
+        return fresh
+
+    ready = ready or plain
     weights, times = [], []
     probe = torch.zeros(1, 1, 1, 1)
-    base = copy.deepcopy(scheduler)
-    base.set_timesteps(steps)
+    base = ready()
     count = len(base.timesteps)
     for index in range(count):
         moved = []
         for value in (0.0, 1e-2):
-            trial = copy.deepcopy(scheduler)
-            trial.set_timesteps(steps)
+            trial = ready()
             if hasattr(trial, "_step_index"):
                 trial._step_index = index if trial.step_index is None else trial.step_index
             generator = torch.Generator().manual_seed(0)

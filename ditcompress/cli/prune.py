@@ -69,12 +69,22 @@ def _value(score: float | None) -> str:
     return "" if score is None else f"{score:.4g}"
 
 
+def _short(block: str) -> str:
+    """transformer_blocks.3 as 3, single_transformer_blocks.3 as single 3: a row has to fit a terminal."""
+    owner, _, number = block.rpartition(".")
+    return f"{owner.removesuffix('blocks').removesuffix('_').removesuffix('transformer').strip('_')} {number}".strip()
+
+
 def show_sensitivity(facts: dict[str, Any]) -> None:
-    """Importance of each block, a column a timestep."""
-    times = facts["timesteps"]
-    rows: list[list[object]] = [
-        [row["block"], _value(row["score"]), *(_value(v) for v in row["by_timestep"])] for row in facts["blocks"]
-    ]
-    rows += [[block, why, *[""] * len(times)] for block, why in facts["fixed"].items()]
-    columns = ["block", "mean", *(f"t {time:.0f}" for time in times)]
-    print_table(f"sensitivity by {facts['method']} (higher = keep)", columns, rows)
+    """Importance of each block, and over timesteps in per cent of the most important block there."""
+    table = [row["by_timestep"] for row in facts["blocks"]]
+    most = [max(column) or 1.0 for column in zip(*table, strict=True)]
+    rows: list[list[object]] = []
+    for row in facts["blocks"]:
+        shares = [f"{100 * v / m:.0f}" for v, m in zip(row["by_timestep"], most, strict=False)]
+        rows.append([_short(row["block"]), _value(row["score"]), *shares])
+    columns = ["block", "mean", *(f"{time:.0f}" for time in facts["timesteps"])]
+    note = ", at each timestep in % of the largest" if facts["timesteps"] else ""
+    print_table(f"sensitivity by {facts['method']} (higher = keep){note}", columns, rows)
+    for why in sorted(set(facts["fixed"].values())):
+        print_text(f"cannot go: {', '.join(b for b, w in facts['fixed'].items() if w == why)} ({why})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.schedulers import sampler_weights
-from ..calibration.trajectory import StepRecord
+from ..calibration.trajectory import StepRecord, prepare
 from ..console import Reporter
 from ..measures import ratio_db
 from ..result import Measurement
@@ -49,7 +50,8 @@ def probed_steps(total: int, wanted: int) -> list[int]:
 def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
     """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch."""
     settings = subject.settings
-    times, weights = sampler_weights(subject.scheduler, settings.steps)
+    ready = partial(prepare, subject.scheduler, settings.steps, subject.adapter, subject.config)
+    times, weights = sampler_weights(subject.scheduler, settings.steps, ready)
     chosen = probed_steps(len(times), settings.timesteps)
     images = max(1, math.ceil(settings.inputs / len(chosen)))
     branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])

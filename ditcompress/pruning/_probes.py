@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..calibration.conditions import Conditions
 from ..calibration.schedulers import sampler_weights
-from ..calibration.trajectory import Sampling, StepRecord, sample
+from ..calibration.trajectory import Sampling, StepRecord, prepare, sample
 from ..console import Reporter
 from .base import Probe, ProbeParams
 
@@ -35,7 +36,8 @@ def record_probes(
     """Run `params.samples` trajectories of the whole model and keep their inputs at the chosen steps, on the CPU."""
     guidance = adapter.default_guidance(config) if params.guidance is None else params.guidance
     guided = conditions.null is not None and guidance != 1
-    _, weights = sampler_weights(scheduler, params.steps)
+    ready = partial(prepare, scheduler, params.steps, adapter, config)
+    _, weights = sampler_weights(scheduler, params.steps, ready)
     chosen = set(spread(len(weights), params.timesteps))
     probes: list[Probe] = []
     images: Sequence[int] = ()

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..calibration.sensitivity import frozen
@@ -38,11 +39,11 @@ class ProbeParams(StrictParams):
     """Where a method looks at the model: `timesteps` of `steps` sampler steps (0: all) of `samples` trajectories, run
     `batch` at a time; `guidance` None is the family's own."""
 
-    samples: int = 16
-    steps: int = 20
-    timesteps: int = 10
-    batch: int = 16
-    guidance: float | None = None
+    samples: int = Field(16, ge=1, le=100_000)
+    steps: int = Field(20, ge=1, le=1000)
+    timesteps: int = Field(10, ge=0, le=1000)
+    batch: int = Field(16, ge=1)
+    guidance: float | None = Field(None, ge=0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ The baseline of pruning since Han et al. 2015 (arXiv 1506.02626, section 3), app
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from .base import Context, Scores, StrictParams
 
 NEEDS: tuple[str, ...] = ()
@@ -13,7 +15,7 @@ NEEDS: tuple[str, ...] = ()
 class Params(StrictParams):
     """`power`: 1 for mean |w|, 2 for mean w^2."""
 
-    power: float = 1.0
+    power: float = Field(1.0, gt=0)
 
 
 def scores(context: Context, params: Params) -> Scores:

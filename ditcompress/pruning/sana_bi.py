@@ -6,6 +6,8 @@ blocks of head and tail are kept, whatever their score: they read the latent and
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ._streams import measured
 from .base import Context, ProbeParams, Scores
 from .shortgpt import influence
@@ -16,10 +18,10 @@ NEEDS = ("probes",)
 class Params(ProbeParams):
     """`head`, `tail`: units kept at both ends."""
 
-    samples: int = 32
-    timesteps: int = 0
-    head: int = 1
-    tail: int = 1
+    samples: int = Field(32, ge=1, le=100_000)
+    timesteps: int = Field(0, ge=0, le=1000)
+    head: int = Field(1, ge=0)
+    tail: int = Field(1, ge=0)
 
 
 def scores(context: Context, params: Params) -> Scores:

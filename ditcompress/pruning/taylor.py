@@ -9,6 +9,7 @@ pass a probe serve all blocks; parameters take no gradient, so memory is that of
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ._streams import Streams, watched
@@ -20,8 +21,8 @@ NEEDS = ("probes",)
 class Params(ProbeParams):
     """`chunk`: images of a backward pass at once; `directions`: random directions a probe."""
 
-    chunk: int = 8
-    directions: int = 1
+    chunk: int = Field(8, ge=1)
+    directions: int = Field(1, ge=1)
 
 
 def scores(context: Context, params: Params) -> Scores:
