@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,41 @@ def _update_widths(model: nn.Module, axis: Axis, layout: Layout, count: int) -> 
         if hasattr(module, "_tp_packed_row_blocks"):  # tensor parallelism splits concatenated columns by it
             sizes = [width if name == axis.name else layout.axes[name].size for name in site.reads]
             module._tp_packed_row_blocks = sizes  # type: ignore[assignment]
+
+
+def narrow_index(layout: Layout, kept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Site, int, Tensor]]:
+    """(site, dimension, indices to keep) for every linear that an axis of `kept` (name -> units) reaches: dimension 0
+    are its rows and bias, 1 its columns. Several axes of one concatenation are cut together."""
+    channels = {name: _channels(layout.axes[name], units) for name, units in kept.items()}
+    for site in layout.sites:
+        for dim, names, total in ((0, site.writes, site.out_features), (1, site.reads, site.in_features)):
+            if not set(names) & set(channels):
+                continue
+            parts, start = [], 0
+            known = sum(layout.axes[name].size for name in names if name)
+            for name in names:
+                size = layout.axes[name].size if name else total - known
+                inside = channels[name] if name in channels else torch.arange(size)
+                parts.append(start + inside)
+                start += size
+            yield site, dim, torch.cat(parts)
+
+
+def narrow(model: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]]) -> None:
+    """Keep only the units `kept` of each named axis, in place, as `cut_units` does for one axis. Works on meta models.
+
+    Raises E205 for an axis that cannot be cut, KeyError for one that is not there.
+    """
+    for name, units in kept.items():
+        _check_units(layout.axes[name], units, every=False)
+    for site, dim, index in narrow_index(layout, kept):
+        _select(_linear(model, site), dim, index)
+    axes = dict(layout.axes)
+    for name, units in kept.items():
+        axes[name] = replace(axes[name], size=len(units) * axes[name].unit_size)
+    after = replace(layout, axes=axes)
+    for name, units in kept.items():
+        _update_widths(model, axes[name], after, len(units))
 
 
 class SplitFeedForward(nn.Module):

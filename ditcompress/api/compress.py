@@ -115,7 +115,9 @@ def quantize(
         )  # fmt: skip
         files = writer.finish()
         checkpoint.verify_unchanged()
-        _write_config(folder, checkpoint.config, engine.quantization_config(chosen.name, outcome))
+        shapes = (checkpoint.quantization or {}).get("shapes")
+        fields = engine.quantization_config(chosen.name, outcome) | ({"shapes": shapes} if shapes else {})
+        _write_config(folder, checkpoint.config, fields)
         (folder / "recipe.json").write_text(json.dumps(chosen.to_json(), indent=2) + "\n")
         records = [asdict(record) for record in outcome.records]
         (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")

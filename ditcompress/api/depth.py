@@ -18,15 +18,16 @@ from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from ..loading import expected_shapes, load_model, open_model
+from ..loading import expected_shapes, load_model, meta_model, open_model
 from ..measures import ratio_db
-from ..models import Depth, adapter_for, build_meta, depth_of, renamed, renumbered, shortened
+from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
 from ..pruning import (
     MEASURES,
     Choice,
     Context,
     Probe,
     ProbeParams,
+    Scores,
     check_target,
     choose,
     method,
@@ -41,6 +42,7 @@ from ..report.card import pruned_card
 from ..structure import remove_blocks
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
+from .width import Cut, Width, check_ratio, cut_of, narrowed_model
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class PruneResult:
 
 def prune(
     model_or_path: nn.Module | str | Path,
-    ratio: float,
+    ratio: float | None = None,
     out: str | Path | None = None,
     *,
     by: str = "params",
     method: str = "oracle-greedy",
+    width_ratio: float | None = None,
+    width_units: str = "both",
     overrides: Sequence[str] = (),
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
@@ -74,30 +78,36 @@ def prune(
 ) -> PruneResult:
     """Remove whole blocks, by `method`, that hold `ratio` of all blocks' parameters (or operations, or seconds).
 
-    The number of blocks is the one nearest to the ratio, so a small ratio may remove none. A path gives the folder
-    `out`, a model in memory a new model. Raises E201 and E203 for bad options, E205 for a model whose blocks cannot go.
+    The number of blocks is the one nearest to the ratio, so a small ratio may remove none. `width_ratio` also removes
+    that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of every block
+    that is left, by magnitude; what no plain config.json can say then needs `import ditcompress` to load. A path gives
+    the folder `out`, a model in memory a new model. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
     reporter = reporter or Silent()
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
+    width = Width.of(ratio, width_ratio, width_units)
     if isinstance(model_or_path, nn.Module):
         source = ModuleSource(model_or_path)
-        context, total = job.context(model_or_path, source)
-        choice = choose(context, job.module, job.params, total)
+        context, choice = job.choice(model_or_path, source)
         pruned = remove_blocks(model_or_path, context.depth, choice.blocks).eval()
-        return PruneResult(None, pruned, choice, job.facts(context, choice))
+        return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
     path = Path(model_or_path)
     opened, _ = open_model(path, allow_compressed=False)
+    if opened.quantization is not None:
+        raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
     if dry_run:
         checkpoint, context, choice = job.run(path, device, dtype)
-        return PruneResult(None, None, choice, job.facts(context, choice))
+        cut, _ = _cut(checkpoint, context.depth, choice, width)
+        return PruneResult(None, None, choice, job.facts(context, choice) | cut.facts)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-pruned")
     with output_folder(
         target, overwrite=overwrite, inputs=[path], planned_bytes=opened.total_bytes,
-        manifest={"prune": job.settings(), "seed": seed, "input": {"fingerprint": opened.fingerprint}},
+        manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
+                  "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
         checkpoint, context, choice = job.run(path, device, dtype)
         facts = job.facts(context, choice)
-        _write(checkpoint, partial, context.depth, choice, facts, max_shard_bytes)
+        facts = _write(checkpoint, partial, context.depth, choice, facts, width, max_shard_bytes)
         checkpoint.verify_unchanged()
     return PruneResult(target, None, choice, facts)
 
@@ -126,11 +136,10 @@ class _Job:
     """The options of one run, checked before any model is read."""
 
     def __init__(
-        self, ratio: float, by: str, name: str, overrides: tuple[str, ...], conditions: str | Path | None,
+        self, ratio: float | None, by: str, name: str, overrides: tuple[str, ...], conditions: str | Path | None,
         scheduler: str | Path | None, seed: int, reporter: Reporter,
     ) -> None:  # fmt: skip
-        if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 < ratio < 1):
-            raise DitcompressError("E203", f"--ratio {ratio}", "is not between 0 and 1", "for example --ratio 0.5")
+        check_ratio("--ratio", ratio)
         if by not in MEASURES:
             raise DitcompressError("E203", f"--by {by}", "is not known", f"use {', '.join(MEASURES)}")
         self.module, self.params = method(name, _settings(overrides))
@@ -143,8 +152,17 @@ class _Job:
     def run(self, path: Path, device: str, dtype: str) -> tuple[Checkpoint, Context, Choice]:
         model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
         check_finite(checkpoint, self.reporter)
-        context, total = self.context(model, checkpoint)
-        return checkpoint, context, choose(context, self.module, self.params, total)
+        return checkpoint, *self.choice(model, checkpoint)
+
+    def choice(self, model: nn.Module, source: Any) -> tuple[Context, Choice]:
+        """What goes, and what that was decided on; nothing without a ratio."""
+        if self.ratio is None:
+            adapter = adapter_for(source.config)
+            layout = adapter.layout(model)
+            depth = Depth((), {}, {}, depth_of(source.config, layout).lists)
+            return Context(model, adapter, layout, depth, {}, 0.0), Choice((), (), Scores({}), 0.0, None)
+        context, total = self.context(model, source)
+        return context, choose(context, self.module, self.params, total)
 
     def context(self, model: nn.Module, source: Any, check: bool = True) -> tuple[Context, float]:
         """What the method looks at, and the cost of all blocks. Nothing is run where neither method nor measure asks
@@ -155,17 +173,18 @@ class _Job:
         context = Context(model, adapter, layout, depth, {}, 0.0, (), self.seed, self.reporter)
         by_block = parameters(model, layout)
         context.costs = unit_costs(depth, by_block)
-        context.target = self.ratio * sum(by_block.values())
+        ratio = self.ratio or 0.0
+        context.target = ratio * sum(by_block.values())
         if check and self.by == "params":  # refused before anything is run
-            check_target(context, self.ratio, sum(by_block.values()))
+            check_target(context, ratio, sum(by_block.values()))
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter)
         if self.by != "params":
             measure = operations if self.by == "flops" else seconds
             by_block = measure(model, layout.blocks, lambda: context.predict(context.probes[0]))
             context.costs = unit_costs(depth, by_block)
-            context.target = self.ratio * sum(by_block.values())
-            check_target(context, self.ratio, sum(by_block.values()))
+            context.target = ratio * sum(by_block.values())
+            check_target(context, ratio, sum(by_block.values()))
         return context, sum(by_block.values())
 
     def _probes(self, model: nn.Module, source: Any, adapter: Any) -> list[Probe]:
@@ -210,23 +229,31 @@ def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> tuple[Cut, dict[str, str]]:
+    """What becomes of the tensors that stay, and their old name by the new one."""
+    config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
+    gone = tuple(f"{block}." for block in choice.blocks)
+    names = {renamed(name, new): name for name in checkpoint.tensors if not name.startswith(gone)}
+    return cut_of(config, width, lambda name: checkpoint.read(names[name])), names
+
+
 def _write(
-    checkpoint: Checkpoint, partial: Path, depth: Depth, choice: Choice, facts: dict[str, Any], max_shard_bytes: int
-) -> None:
+    checkpoint: Checkpoint, partial: Path, depth: Depth, choice: Choice, facts: dict[str, Any], width: Width,
+    max_shard_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
     """The folder: tensors one by one under their new names, the shorter config.json, prune.json, the pipeline's other
-    parts; then the names and shapes are checked against the model that stock diffusers builds."""
+    parts; then the names and shapes are checked against the model that will be built of it. Returns all facts."""
     component = checkpoint.component if checkpoint.pipeline else ""
     folder = partial / component
     folder.mkdir(exist_ok=True)
-    config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
-    gone = tuple(f"{block}." for block in choice.blocks)
+    cut, names = _cut(checkpoint, depth, choice, width)
+    facts = facts | cut.facts
     writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-    names = {renamed(name, new): name for name in checkpoint.tensors if not name.startswith(gone)}
     for name in sorted(names):
-        writer.add(name, checkpoint.read(names[name]))
+        writer.add(name, cut.apply(name, checkpoint.read(names[name])))
     files = writer.finish()
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    check_tensors(open_checkpoint(folder), expected_shapes(build_meta(config)))
+    (folder / "config.json").write_text(json.dumps(cut.config, indent=2, sort_keys=True) + "\n")
+    check_tensors(open_checkpoint(folder), expected_shapes(meta_model(cut.config)))
     (folder / "prune.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     if checkpoint.pipeline:
         copy_pipeline(checkpoint.pipeline, partial, component)
@@ -236,3 +263,4 @@ def _write(
     card = pruned_card(checkpoint.path.name, checkpoint.class_name, facts, checkpoint.total_bytes, size,
                        checkpoint.pipeline is not None)  # fmt: skip
     (partial / "README.md").write_text(card, encoding="utf-8")
+    return facts

@@ -10,8 +10,8 @@ from ..checkpoint.writer import output_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..exporters import registry as exporters
-from ..loading import meta_model, open_model
-from ..models import account, adapter_for, build_meta
+from ..loading import meta_model, open_model, plain_model
+from ..models import account, adapter_for
 from ..registry import nearest
 from ..runtime.linear import PackedLinear
 from .calibration import pick_dtype
@@ -21,7 +21,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Architecture, blocks, roles, bytes and bits of a checkpoint, from its headers. The roles cover every tensor."""
     checkpoint, model = open_model(path)
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    empty = build_meta(plain)
+    empty = plain_model(checkpoint.config)
     adapter = adapter_for(plain)
     layout = adapter.layout(empty)
     blocks: dict[str, int] = {}

@@ -20,12 +20,16 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the
 
 def prune(
     checkpoint: Checkpoint,
-    ratio: Annotated[float, typer.Option(help="Share of all blocks' cost to remove, between 0 and 1.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of all blocks' cost to remove, between 0 and 1.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-pruned beside it).")
     ] = None,
     by: Annotated[str, typer.Option(help="The cost: params, flops or latency.")] = "params",
     method: Method = "oracle-greedy",
+    width_ratio: Annotated[
+        float | None, typer.Option(help="Share of the neurons and heads of every block to remove, by magnitude.")
+    ] = None,
+    width_units: Annotated[str, typer.Option(help="What is narrowed: both, neurons or heads.")] = "both",
     set_: Set = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
@@ -46,9 +50,9 @@ def prune(
         from .. import api
 
         result = api.prune(
-            checkpoint, ratio, out, by=by, method=method, overrides=set_ or (), conditions=conditions,
-            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, dry_run=dry_run,
-            reporter=common.reporter(quiet, as_json),
+            checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
+            overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype,
+            overwrite=overwrite, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         path = None if result.path is None else str(result.path)
         common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))
@@ -58,11 +62,16 @@ def _show(result: PruneResult) -> None:
     facts = result.facts
     rows = [[n, _value(s), "removed" if n in facts["order"] else "kept"] for n, s in facts["scores"].items()]
     rows += [[block, "", f"kept: {why}"] for block, why in facts["fixed"].items()]
-    print_table(f"blocks by {facts['method']} (higher = keep)", ["block", "score", ""], rows)
-    share = f"{100 * facts['saved']:.1f} % of the blocks' {facts['by']}"
-    told = "" if facts["output_sqnr_db"] is None else f", SQNR of the prediction {facts['output_sqnr_db']:.2f} dB"
-    print_text(f"{len(facts['removed'])} blocks removed, {share}{told}")
-    print_text("nothing was written" if result.path is None else f"written to {result.path}: stock diffusers loads it")
+    if facts["ratio"] is not None:
+        print_table(f"blocks by {facts['method']} (higher = keep)", ["block", "score", ""], rows)
+        share = f"{100 * facts['saved']:.1f} % of the blocks' {facts['by']}"
+        told = "" if facts["output_sqnr_db"] is None else f", SQNR of the prediction {facts['output_sqnr_db']:.2f} dB"
+        print_text(f"{len(facts['removed'])} blocks removed, {share}{told}")
+    if facts["width"]:
+        kept = {name: f"{row['kept']} of {row['of']}" for name, row in facts["width"]["axes"].items()}
+        print_table("narrowed", ["axis", "units kept"], [*kept.items()])
+    loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
+    print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
 
 
 def _value(score: float | None) -> str:

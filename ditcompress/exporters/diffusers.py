@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from ..checkpoint.writer import ShardWriter, copy_pipeline
+from ..errors import DitcompressError
 from ..loading import DitcompressConfig, expected_shapes, meta_model
 from ..models import build_meta
 from ..runtime.linear import PackedLinear
@@ -45,6 +46,9 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
+    if config and config.shapes:
+        what = "has layers of widths that no plain config.json can say"
+        raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
     stored = {f"{name}.{suffix}" for name in layers for suffix in _packed(model, name).stored}
     writer = ShardWriter(folder)
