@@ -34,6 +34,7 @@ from ..pruning import (
     operations,
     parameters,
     record_probes,
+    registry,
     seconds,
     unit_costs,
 )  # fmt: skip
@@ -43,6 +44,8 @@ from ..structure import remove_blocks
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
 from .width import Cut, Width, check_ratio, cut_of, narrowed_model
+
+SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def sensitivity(
     dtype: str = "float32", reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Importance of every unit of blocks by a pruning method, over timesteps where the method sees them."""
-    job = _Job(0.5, "params", method, tuple(overrides), None, None, seed, reporter or Silent())
+    steps = SENSITIVITY_STEPS if "probes" in registry.get(method.replace("-", "_")).NEEDS else ()
+    job = _Job(0.5, "params", method, (*steps, *overrides), None, None, seed, reporter or Silent())
     model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
     context, _ = job.context(model, checkpoint, check=False)
     found = job.module.scores(context, job.params)

@@ -68,8 +68,11 @@ def _show(result: PruneResult) -> None:
         told = "" if facts["output_sqnr_db"] is None else f", SQNR of the prediction {facts['output_sqnr_db']:.2f} dB"
         print_text(f"{len(facts['removed'])} blocks removed, {share}{told}")
     if facts["width"]:
-        kept = {name: f"{row['kept']} of {row['of']}" for name, row in facts["width"]["axes"].items()}
-        print_table("narrowed", ["axis", "units kept"], [*kept.items()])
+        alike: dict[tuple[str, str], int] = {}
+        for name, row in facts["width"]["axes"].items():
+            key = (name.rpartition(".")[2], f"{row['kept']} of {row['of']}")
+            alike[key] = alike.get(key, 0) + 1
+        print_table("narrowed", ["units", "kept", "axes"], [[*key, count] for key, count in alike.items()])
     loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
     print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
 

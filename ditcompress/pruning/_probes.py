@@ -23,6 +23,14 @@ def spread(total: int, wanted: int) -> list[int]:
     return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
 
 
+def gathered(weights: Sequence[float], chosen: Sequence[int]) -> dict[int, float]:
+    """The weight of each chosen step with those of the skipped steps that are nearest to it (the earlier of two)."""
+    found = dict.fromkeys(chosen, 0.0)
+    for step, weight in enumerate(weights):
+        found[min(chosen, key=lambda place: (abs(place - step), place))] += weight
+    return found
+
+
 def record_probes(
     model: nn.Module,
     adapter: ModuleType,
@@ -38,7 +46,7 @@ def record_probes(
     guided = conditions.null is not None and guidance != 1
     ready = partial(prepare, scheduler, params.steps, adapter, config)
     _, weights = sampler_weights(scheduler, params.steps, ready)
-    chosen = set(spread(len(weights), params.timesteps))
+    chosen = gathered(weights.tolist(), spread(len(weights), params.timesteps))
     probes: list[Probe] = []
     images: Sequence[int] = ()
 
@@ -51,8 +59,7 @@ def record_probes(
             latents = torch.cat([latents, latents])
             cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
         timestep = record.timestep.cpu().expand(len(latents))
-        weight = float(weights[min(record.index, len(weights) - 1)])
-        probes.append(Probe(record.index, latents.cpu(), timestep, cond, weight))
+        probes.append(Probe(record.index, latents.cpu(), timestep, cond, chosen[record.index]))
 
     sampling = Sampling(params.steps, guidance, seed, params.batch)
     with reporter.task("trajectories", params.samples) as advance:

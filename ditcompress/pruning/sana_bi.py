@@ -19,7 +19,7 @@ class Params(ProbeParams):
     """`head`, `tail`: units kept at both ends."""
 
     samples: int = Field(32, ge=1, le=100_000)
-    timesteps: int = Field(0, ge=0, le=1000)
+    steps: int = Field(20, ge=1, le=1000)
     head: int = Field(1, ge=0)
     tail: int = Field(1, ge=0)
 

@@ -241,3 +241,10 @@ def test_sensitivity_lists_every_removable_block_over_timesteps() -> None:
     assert [row["block"] for row in found["blocks"]] == [f"transformer_blocks.{i}" for i in range(1, 12)]
     assert len(found["timesteps"]) == 10 and all(len(row["by_timestep"]) == 10 for row in found["blocks"])
     assert list(found["fixed"]) == ["transformer_blocks.0"]
+
+
+def test_skipped_steps_lend_their_weight_to_the_nearest_probe() -> None:
+    from ditcompress.pruning._probes import gathered, spread
+
+    assert spread(25, 0) == list(range(25)) and spread(5, 3) == [0, 2, 4] and spread(1, 4) == [0]
+    assert gathered([1.0, 2.0, 4.0, 8.0, 16.0], [0, 2, 4]) == {0: 3.0, 2: 12.0, 4: 16.0}
