@@ -137,6 +137,8 @@ def explain(name: str) -> dict[str, Any]:
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}
         return {"kind": name, "names": rows}
+    if not any(name in r.names() for r in kinds.values()):
+        name = name.replace("-", "_")  # methods are named with a dash on the command line
     registry = next((r for r in kinds.values() if name in r.names()), None)
     if registry is None:
         known = [*kinds, *(n for r in kinds.values() for n in r.names())]
