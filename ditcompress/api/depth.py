@@ -90,10 +90,7 @@ def prune(
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
     width = Width.of(ratio, width_ratio, width_units)
     if isinstance(model_or_path, nn.Module):
-        source = ModuleSource(model_or_path)
-        context, choice = job.choice(model_or_path, source)
-        pruned = remove_blocks(model_or_path, context.depth, choice.blocks).eval()
-        return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
+        return _prune_module(model_or_path, job, width)
     path = Path(model_or_path)
     opened, _ = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
@@ -113,6 +110,13 @@ def prune(
         facts = _write(checkpoint, partial, context.depth, choice, facts, width, max_shard_bytes)
         checkpoint.verify_unchanged()
     return PruneResult(target, None, choice, facts)
+
+
+def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
+    """A pruned copy of a model in memory; the original is not changed."""
+    context, choice = job.choice(model, ModuleSource(model))
+    pruned = remove_blocks(model, context.depth, choice.blocks).eval()
+    return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
 
 
 def sensitivity(

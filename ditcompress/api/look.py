@@ -137,12 +137,11 @@ def explain(name: str) -> dict[str, Any]:
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}
         return {"kind": name, "names": rows}
-    if not any(name in r.names() for r in kinds.values()):
-        name = name.replace("-", "_")  # methods are named with a dash on the command line
+    asked, name = name, name if any(name in r.names() for r in kinds.values()) else name.replace("-", "_")
     registry = next((r for r in kinds.values() if name in r.names()), None)
     if registry is None:
         known = [*kinds, *(n for r in kinds.values() for n in r.names())]
-        raise DitcompressError("E201", name, "is no step, format, metric or extractor", nearest(name, known))
+        raise DitcompressError("E201", asked, "is no step, format, metric or extractor", nearest(asked, known))
     module = registry.get(name)
     params = getattr(module, "Params", None)
     return {
