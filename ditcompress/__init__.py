@@ -12,9 +12,9 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "prune", "quantize", "sample"]
+__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "prune", "q_sched", "quantize", "sample"]
 
-_AUTO = "diffusers.quantizers.auto"
+_AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
 
 
 def __getattr__(name: str) -> Any:
@@ -30,12 +30,15 @@ def __dir__() -> list[str]:
 
 
 class _RegisterAfterImport:
-    """Registers us the moment diffusers' quantizer mappings are imported, so importing us alone stays cheap."""
+    """Registers us the moment a module of diffusers is imported, so importing us alone stays cheap."""
+
+    def __init__(self, module: str, register: Any) -> None:
+        self.module, self.register = module, register
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """The other finders' spec, whose loader also registers us. It may be asked for more than once: tools that only
         look whether a module exists never execute it."""
-        if name != _AUTO:
+        if name != self.module:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)  # type: ignore[comparison-overlap]
         found = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
@@ -46,7 +49,7 @@ class _RegisterAfterImport:
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _register_lazily(module)
+            self.register(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)  # type: ignore[arg-type]
 
@@ -73,7 +76,18 @@ def _register_lazily(auto: Any) -> None:
     auto.AUTO_QUANTIZER_MAPPING["ditcompress"] = quantizer
 
 
-if _AUTO in sys.modules:
-    _register_lazily(sys.modules[_AUTO])
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())  # type: ignore[arg-type]
+def _register_schedulers(schedulers: Any) -> None:
+    """A `from_config` that imports ours when a scheduler is first made from a configuration."""
+
+    def from_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        importlib.import_module(".runtime.coefficients", __name__).register()
+        return cls.from_config(*args, **kwargs)
+
+    schedulers.SchedulerMixin.from_config = classmethod(from_config)
+
+
+for _module, _register in ((_SCHEDULERS, _register_schedulers), (_AUTO, _register_lazily)):
+    if _module in sys.modules:
+        _register(sys.modules[_module])
+    else:
+        sys.meta_path.insert(0, _RegisterAfterImport(_module, _register))  # type: ignore[arg-type]

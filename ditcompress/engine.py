@@ -182,11 +182,13 @@ class _Worker:
             extra = self._static(decision, weight, site, s) | (
                 {} if sign is None else {"rotate_sign": pack_signs(sign)}
             )
+            if decision.output_norm and "output_gain" not in encoded.extra:
+                raise DitcompressError("E202", site.name, "output_norm needs a step that is trained", "use terdit")
             stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
             _check(stored)
             reference = weight if s is None else weight * s
             reference = reference if sign is None else rotate(reference, sign, decision.rotate)
-            records.append(_record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
+            records.append(record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
             schemes[site.name] = scheme_of(decision, how)
             tensors |= stored
         return tensors, records, schemes
@@ -261,11 +263,11 @@ class _Worker:
 
 def stored_tensors(site: str, encoded: Any, smooth: Tensor | None, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is stored in place of one weight, under its full names."""
-    local = dict(encoded.packed.tensors)
+    local = {**encoded.packed.tensors, **encoded.extra}
     if encoded.low_rank is not None:
         local |= {"low_rank_up": encoded.low_rank[0], "low_rank_down": encoded.low_rank[1]}
     if smooth is not None:
-        local["smooth"] = smooth.float()
+        local["smooth"] = smooth.float().clone()  # one vector serves several linears, and files share no memory
     local |= extra
     return {f"{site}.{suffix}": tensor.contiguous() for suffix, tensor in local.items()}
 
@@ -286,10 +288,12 @@ def scheme_of(decision: LayerDecision, smooth: str) -> dict[str, Any]:
         "rank": decision.rank,
         "rotate": decision.rotate,
         "low_rank_input": decision.low_rank_input,
+        "output_norm": decision.output_norm,
     }
 
 
-def _record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], smooth: str, sqnr: float) -> LayerRecord:
+def record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], smooth: str, sqnr: float) -> LayerRecord:
+    """What was done to one linear, its bits counted from `stored`."""
     size = sum(t.numel() * t.element_size() for t in stored.values())
     count = site.in_features * site.out_features
     return LayerRecord(

@@ -67,6 +67,8 @@ CODES = {
     "E603": "not-writable",
     "E604": "device-unavailable",
     "E701": "numerical",
+    "E703": "training-diverged",
+    "E702": "bad-round-trip",  # a library does not give back what its format can hold
     "E801": "gate-failed",
     "E901": "gate-inconclusive",
 }

@@ -25,6 +25,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from . import bnb
 from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
@@ -81,9 +82,9 @@ class DitcompressConfig(QuantizationConfigMixin):
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
-        """That of a model's config.json, or None for a model that is not compressed."""
+        """That of a model's config.json, or None for a model that is not compressed by us."""
         quantization = config.get("quantization_config")
-        if quantization is None:
+        if quantization is None or bnb.used(config):
             return None
         if not isinstance(quantization, Mapping):
             raise DitcompressError("E320", WHERE, "is not an object", "compress the original again")
@@ -307,7 +308,8 @@ def open_model(path: str | Path, *, allow_compressed: bool = True) -> tuple[Chec
     class disagree."""
     checkpoint = open_checkpoint(Path(path), allow_compressed=allow_compressed)
     model = meta_model(checkpoint.config)
-    check_tensors(checkpoint, expected_shapes(model))
+    check_tensors(checkpoint, bnb.expected(checkpoint, expected_shapes(model)))
+    bnb.mark(model, bnb.layers(checkpoint))
     for name, dtype in stored_dtypes(model).items():
         entry = checkpoint.tensors[name]
         check_dtype(f"{entry.file.name}: {name}", entry.dtype, dtype)
@@ -330,12 +332,17 @@ def load_model(
     checkpoint, meta = open_model(path)
     names = sorted(expected_shapes(meta))
     model = _with_buffers(checkpoint.config)
-    packed = stored_dtypes(model)
+    packed, foreign = stored_dtypes(model), bnb.layers(checkpoint)
+    bnb.mark(model, foreign)
     with torch.no_grad():
         for name in names:
             module_name, _, leaf = name.rpartition(".")
             module = model.get_submodule(module_name) if module_name else model
-            value = checkpoint.read(name)
+            value = (
+                bnb.read(checkpoint, module_name, meta.get_parameter(name).shape)
+                if leaf == "weight" and module_name in foreign
+                else checkpoint.read(name)
+            )
             if name not in packed and value.is_floating_point() and dtype is not None:
                 value = value.to(torch.float32 if _stays_float32(model, name) else dtype)
             if leaf in module._parameters:

@@ -57,7 +57,8 @@ class LayerDecision:
     `smooth`: "none", "fold" (into the producer of the input) or "online" (the layer divides its input);
     `rank` of the low-rank residual kept in 16 bits (0: none); `rotate`: order of the block-diagonal Hadamard transform
     of the (smoothed) input, 0 for none; `low_rank_input`: whether the low-rank part reads the "rounded" input or the
-    "float" one; `reason`: the rule that decided.
+    "float" one; `output_norm`: whether the output is divided by its root mean square and multiplied by a learned gain;
+    `reason`: the rule that decided.
     """
 
     site: str
@@ -69,14 +70,26 @@ class LayerDecision:
     rank: int = 0
     rotate: int = 0
     low_rank_input: str = "rounded"
+    output_norm: bool = False
     reason: str = ""
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """One point of what a budget buys: mean stored bits of the planned weights, and the output SQNR in dB that the
+    statistics predict for it; `chosen` marks the plan's own."""
+
+    bits: float
+    predicted_db: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The decisions in model order; a linear that is not listed stays as it is."""
+    """The decisions in model order; a linear that is not listed stays as it is. `curve` when a budget was spent."""
 
     layers: tuple[LayerDecision, ...]
+    curve: tuple[TradeOff, ...] = ()
 
     def by_site(self) -> dict[str, LayerDecision]:
         return {decision.site: decision for decision in self.layers}

@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .distill.trainer import Settings
 from .errors import DitcompressError, printable
 from .hadamard import block_for
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
 from .registry import nearest
+from .strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from .models.base import Layout, Site
 
 Role = Literal["qkv", "attn_out", "ffn_in", "ffn_out", "modulation", "time_embedding", "embedding", "head", "other"]
-MOST_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -45,11 +45,34 @@ class Calibration(_Strict):
     labels: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
 
+class Training(Settings):
+    """How steps that learn are trained (see the trainer's own fields): on `images` of the teacher's trajectories of
+    `sample_steps` steps, renewed every `refresh` steps, a share `null` without condition; `output` and `features` weigh
+    the losses."""
+
+    images: int = Field(128, ge=1)
+    refresh: int = Field(500, ge=1)
+    sample_steps: int = Field(25, ge=1, le=1000)
+    null: float = Field(0.15, ge=0, le=1)
+    output: float = Field(1.0, ge=0)
+    features: float = Field(0.0, ge=0)
+
+
 class Evaluation(_Strict):
     """How a result of this recipe is judged: margins declared before anything is measured."""
 
     profile: Literal["auto", "fidelity", "fidelity-latent", "quality"] = "auto"
     margins: dict[str, float] = {}
+
+
+class SchedulerSearch(_Strict):
+    """Scheduler coefficients for few-step sampling, searched when the model is written; see `q-sched`."""
+
+    steps: int = Field(ge=1, le=1000)
+    method: Literal["trajectory", "gain", "grid"] = "trajectory"
+    images: int = Field(32, ge=1, le=100_000)
+    held_out: int = Field(128, ge=2, le=100_000)
+    guidance: float | None = Field(None, ge=0)
 
 
 class Weight(BaseModel):
@@ -92,6 +115,7 @@ class Rule(_Strict):
     rank: int = Field(0, ge=0)
     rotate: Literal["none", "full"] | Annotated[int, Field(ge=2)] = "none"
     low_rank_input: Literal["rounded", "float"] = "rounded"
+    output_norm: Literal["none", "rms"] = "none"
     steps: tuple[StepSpec, ...] = (StepSpec("rtn"),)
 
     @field_validator("steps", mode="before")
@@ -119,6 +143,30 @@ def _step(item: Any) -> StepSpec:
     raise ValueError("a step is a name, or a name with its parameters: {gptq: {damp: 0.01}}")
 
 
+class Bitsandbytes(_Strict):
+    """Options of the bitsandbytes backend, which has no data and no steps. `blocksize`, `double_quant` (of the scales)
+    and `compute_dtype` are of nf4 and fp4; `threshold` of int8: inputs above it are computed in 16 bits."""
+
+    quant_type: Literal["nf4", "fp4", "int8"]
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: bool = False
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    threshold: float = Field(6.0, ge=0)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Bitsandbytes:
+        other = {"blocksize", "double_quant", "compute_dtype"} if self.quant_type == "int8" else {"threshold"}
+        if wrong := sorted(other & self.model_fields_set):
+            raise ValueError(f"{wrong[0]} is no option of {self.quant_type}")
+        return self
+
+    def params(self) -> dict[str, Any]:
+        """The options that this type has, as JSON values."""
+        if self.quant_type == "int8":
+            return {"quant_type": "int8", "threshold": self.threshold}
+        return self.model_dump(exclude={"threshold"})
+
+
 class Recipe(_Strict):
     """A validated recipe. `source` names the paper of a faithful recipe and is empty for our own."""
 
@@ -126,12 +174,31 @@ class Recipe(_Strict):
     description: str = ""
     source: str = ""
     calibration: Calibration | None = None
+    training: Training | None = None
     evaluation: Evaluation = Evaluation()
+    backend: Literal["ditcompress", "bitsandbytes"] = "ditcompress"
+    options: Bitsandbytes | None = None
+    scheduler_search: SchedulerSearch | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_one_backend(self) -> Recipe:
+        if (self.backend == "bitsandbytes") != (self.options is not None):
+            raise ValueError("backend: bitsandbytes and options go together")
+        for rule in self.rules if self.options else ():
+            if wrong := sorted(rule.model_fields_set - {"roles", "blocks", "names", "keep"}):
+                raise ValueError(f"{wrong[0]} in a rule means nothing to bitsandbytes")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `parse_recipe` reads back to an equal recipe."""
-        value = self.model_dump(mode="json")
+        value = self.model_dump(mode="json", exclude=None if self.options else {"backend", "options"})
+        if self.options:
+            value["options"] = self.options.params()
+            value["rules"] = [rule.model_dump(mode="json", exclude_unset=True) for rule in self.rules]
+            return value
+        if self.scheduler_search is None:
+            del value["scheduler_search"]  # most recipes have none
         for rule, read in zip(value["rules"], self.rules, strict=True):
             rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
             if read.weight is not None:
@@ -139,45 +206,7 @@ class Recipe(_Strict):
         return value
 
 
-# --- reading YAML ------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases and duplicate keys, with 1e-4 as a number."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is not text", key.start_mark)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+0123456789.")
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """One YAML document by the strict loader; E202 with the line on any fault."""
-    if len(text) > MOST_BYTES:
-        raise DitcompressError("E202", where, f"{len(text)} bytes, more than 1 MB", "a recipe is a short text file")
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}, line {mark.line + 1}" if mark else where
-        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
-        raise DitcompressError("E202", place, printable(problem), "correct the YAML") from None
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -208,7 +237,14 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The legal keys beside the unknown one that `location` ends in."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "rules": Rule, "activation": Activation}
+        inner: dict[str, type[BaseModel]] = {
+            "calibration": Calibration,
+            "training": Training,
+            "rules": Rule,
+            "options": Bitsandbytes,
+            "activation": Activation,
+            "scheduler_search": SchedulerSearch,
+        }
         model = inner.get(str(part), model)
     return list(model.model_fields)
 
@@ -294,7 +330,9 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
     for site in layout.sites:
         for number, rule in enumerate(recipe.rules):
             if _matches(rule, site, layout):
-                if not rule.keep and rule.weight is not None:
+                if not rule.keep and recipe.options is not None:
+                    decisions.append(_foreign(recipe.options, site, f"rule {number + 1}"))
+                elif not rule.keep and rule.weight is not None:
                     decisions.append(_decide(rule, site, f"rule {number + 1}"))
                 break
     return Plan(tuple(decisions))
@@ -319,6 +357,12 @@ def _block_range(text: str, blocks: Sequence[str]) -> Sequence[str]:
     return blocks[int(first) : int(last or first) + 1]
 
 
+def _foreign(options: Bitsandbytes, site: Site, reason: str) -> LayerDecision:
+    """What another library does to a linear."""
+    spec = WeightSpec(f"bitsandbytes-{options.quant_type}", options.params())
+    return LayerDecision(site.name, site.role, spec, reason=reason)
+
+
 def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
     assert rule.weight is not None
     activation = ActivationSpec(**rule.activation.model_dump())
@@ -335,6 +379,7 @@ def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
         rank,
         rotate,
         rule.low_rank_input,
+        rule.output_norm == "rms",
         reason,
     )
 

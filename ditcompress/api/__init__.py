@@ -7,6 +7,7 @@ from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .depth import PruneResult, prune, sensitivity
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
+from .q_sched import q_sched
 from .runs import compare, sample
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "inspect",
     "parse_margins",
     "prune",
+    "q_sched",
     "quantize",
     "quantize_facts",
     "report",

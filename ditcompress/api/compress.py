@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,24 @@ from ..models import adapter_for
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, needs
+from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
-from .calibration import cached_statistics, conditions_for, settings_of
+from . import _bitsandbytes
+from ._notes import fallbacks
+from ._training import Overlay, check_training, guidance_of, learns, tune, tuned_from
+from .calibration import cached_statistics, conditions_for, pick_device, settings_of
+from .q_sched import search_scheduler
+from .target import measured_db, retarget, with_target
+
+MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's shortfall is known to about this
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """What `quantize` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory),
-    the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors."""
+    the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors; `measured_db` is the output
+    SQNR on held-out inputs where a budget was spent."""
 
     path: Path | None
     model: nn.Module | None
@@ -47,6 +56,7 @@ class QuantizeResult:
     records: tuple[engine.LayerRecord, ...] = ()
     original_bytes: int = 0
     bytes: int = 0
+    measured_db: float | None = None
 
     @property
     def bits(self) -> float:
@@ -58,6 +68,24 @@ class QuantizeResult:
 # --- quantize ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a quantization from path to path was asked for."""
+
+    path: Path
+    target: Path
+    statistics: str | Path | Statistics | None
+    conditions: str | Path | None
+    scheduler: str | Path | None
+    seed: int
+    device: str
+    dtype: str
+    overwrite: bool
+    restart: bool
+    max_shard_bytes: int
+    reporter: Reporter
+
+
 def quantize(
     model_or_path: nn.Module | str | Path,
     recipe: str | Path | Recipe = "w4a8",
@@ -65,6 +93,9 @@ def quantize(
     *,
     statistics: str | Path | Statistics | None = None,
     overrides: Sequence[str] = (),
+    target_bits: float | None = None,
+    target_size: str | None = None,
+    target_db: float | None = None,
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
     seed: int = 0,
@@ -79,7 +110,9 @@ def quantize(
     """Compress a checkpoint by a recipe into the folder `out`, or a diffusers model in memory into a new model.
 
     Statistics are taken from `statistics` (a folder or an object), else from the cache, else gathered; a recipe
-    that needs none gathers none. A pipeline folder gives a pipeline folder.
+    that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
+    with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
+    for which the result is measured, and made once more when it falls short.
     """
     reporter = reporter or Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -89,56 +122,119 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
+    chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
+    plan = checked_plan(chosen, layout)
+    plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
+    for note in fallbacks(chosen, plan, layout):
+        reporter.note(note)
     if dry_run:
         return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
-    inputs = [path]
+    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, overwrite, restart,
+               max_shard_bytes, reporter)  # fmt: skip
+    result = _write(job, chosen, checkpoint, layout, plan)
+    if (target_bits, target_size, target_db) == (None, None, None):
+        return result
+    return _verified(job, chosen, checkpoint, layout, plan, result, target_db)
+
+
+def _verified(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, result: QuantizeResult,
+    target_db: float | None,
+) -> QuantizeResult:  # fmt: skip
+    """The result with its measured dB; made once more when it misses the dB that it was asked for."""
+
+    def measure() -> float:
+        return measured_db(job.path, job.target, job.reporter, scheduler=job.scheduler, conditions=job.conditions,
+                           device=str(pick_device(job.device)))  # fmt: skip
+
+    found = measure()
+    if target_db is not None and found < target_db:
+        predicted = next(point.predicted_db for point in result.plan.curve if point.chosen)
+        job.reporter.note(f"{found:.1f} dB measured where {predicted:.1f} were predicted: choosing again")
+        again = retarget(recipe, target_db=target_db + (predicted - found) + MARGIN_DB)
+        result = _write(replace(job, overwrite=True), again, checkpoint, layout, checked_plan(again, layout))
+        found = measure()
+        if found < target_db:
+            job.reporter.note(f"{found:.1f} dB is the nearest to {target_db:g} dB that was reached")
+    return replace(result, measured_db=found)
+
+
+def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan) -> QuantizeResult:
+    """Gather what the plan needs, choose, encode block by block, and publish the folder."""
+    path, target = job.path, job.target
     with output_folder(
-        target, overwrite=overwrite, inputs=inputs, planned_bytes=checkpoint.total_bytes // 2,
-        manifest={"recipe": chosen.to_json(), "seed": seed, "input": {"fingerprint": checkpoint.fingerprint}},
+        target, overwrite=job.overwrite, inputs=[path], planned_bytes=checkpoint.total_bytes // 2,
+        manifest={"recipe": recipe.to_json(), "seed": job.seed, "input": {"fingerprint": checkpoint.fingerprint}},
     ) as partial:  # fmt: skip
-        check_finite(checkpoint, reporter)
-        found = _statistics_for(
-            plan, chosen, statistics, checkpoint, conditions, scheduler, seed, device, dtype, reporter, restart
-        )
-        plan = choose(plan, layout, checkpoint.read, found.inputs if found else {})
-        marks = {"model": checkpoint.fingerprint, "recipe": canonical(chosen), "seed": seed, "torch": torch.__version__,
-                 "statistics": "" if found is None else found.digest}  # fmt: skip
-        journal = work_folder(target, marks, restart=restart)
+        check_finite(checkpoint, job.reporter)
         component = checkpoint.component if checkpoint.pipeline else ""
         folder = partial / component
         folder.mkdir(exist_ok=True)
-        writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-        outcome = engine.run(
-            checkpoint, layout, plan, found.inputs if found else {}, RecipeSteps(), writer,
-            seed=seed, journal=journal, reporter=reporter,
-        )  # fmt: skip
+        writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
+        journal = None
+        shapes = (checkpoint.quantization or {}).get("shapes")
+        if recipe.backend == "bitsandbytes" and shapes:
+            what = "its layers are narrower than a configuration of bitsandbytes can say"
+            raise DitcompressError("E205", path, what, "choose a recipe of another backend")
+        if recipe.backend == "bitsandbytes":
+            meta = open_model(path, allow_compressed=False)[1]
+            outcome, config = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, job.reporter)
+        else:
+            found = _statistics_for(plan, recipe, checkpoint, job)
+            inputs = found.inputs if found else {}
+            plan = choose(plan, layout, checkpoint.read, inputs)
+            marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
+                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+            journal = work_folder(target, marks, restart=job.restart)
+            tuned = Tuned({}, {})
+            if learns(plan):
+                tuned = tuned_from(
+                    checkpoint, layout, plan, inputs, recipe, conditions=job.conditions, scheduler=job.scheduler,
+                    seed=job.seed, device=job.device, journal=journal, reporter=job.reporter,
+                )  # fmt: skip
+            outcome = engine.run(
+                Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
+                seed=job.seed, journal=journal, reporter=job.reporter,
+            )  # fmt: skip
+            config = engine.quantization_config(recipe.name, outcome) | ({"shapes": shapes} if shapes else {})
         files = writer.finish()
         checkpoint.verify_unchanged()
-        shapes = (checkpoint.quantization or {}).get("shapes")
-        fields = engine.quantization_config(chosen.name, outcome) | ({"shapes": shapes} if shapes else {})
-        _write_config(folder, checkpoint.config, fields)
-        (folder / "recipe.json").write_text(json.dumps(chosen.to_json(), indent=2) + "\n")
-        records = [asdict(record) for record in outcome.records]
-        (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
-        if checkpoint.pipeline:
-            copy_pipeline(checkpoint.pipeline, partial, component)
-        elif checkpoint.scheduler_folder:
-            copy_scheduler(checkpoint.scheduler_folder, partial)
         size = sum(f.stat().st_size for f in files)
-        card = quantized_card(
-            f"{path.name}-{chosen.name}", path.name, checkpoint.class_name, chosen.to_json(), outcome.records,
-            checkpoint.total_bytes, size, checkpoint.pipeline is not None,
-        )  # fmt: skip
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        _write_config(folder, checkpoint.config, config)
+        _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
+        search_scheduler(path, partial, recipe, job.conditions, job.seed, job.device, job.dtype, job.reporter)
     remove_work(journal)
     return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
+
+
+def _describe(
+    partial: Path, folder: Path, recipe: Recipe, checkpoint: Checkpoint, outcome: engine.Outcome, plan: Plan,
+    name: str, size: int,
+) -> None:  # fmt: skip
+    """Everything beside weights and config: recipe, layers, trade-off, the rest of a pipeline, the model card."""
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
+    records = [asdict(record) for record in outcome.records]
+    (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
+    if plan.curve:
+        (folder / "tradeoff.json").write_text(json.dumps([asdict(p) for p in plan.curve], indent=1) + "\n")
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
+    elif checkpoint.scheduler_folder:
+        copy_scheduler(checkpoint.scheduler_folder, partial)
+    card = quantized_card(
+        f"{name}-{recipe.name}", name, checkpoint.class_name, recipe.to_json(), outcome.records,
+        checkpoint.total_bytes, size, checkpoint.pipeline is not None,
+    )  # fmt: skip
+    (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     """The recipe's plan for this model; E202 when nothing matches or a step or format is unknown."""
     plan = make_plan(recipe, layout)
-    check_plan(plan)
+    if recipe.options is None:
+        check_plan(plan)
+        check_training(recipe, plan)
     if not plan.layers:
         raise DitcompressError(
             "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
@@ -157,20 +253,9 @@ def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, 
     (folder / "config.json").write_text(text + "\n")
 
 
-def _statistics_for(
-    plan: Plan,
-    recipe: Recipe,
-    given: str | Path | Statistics | None,
-    checkpoint: Checkpoint,
-    conditions: str | Path | None,
-    scheduler: str | Path | None,
-    seed: int,
-    device: str,
-    dtype: str,
-    reporter: Reporter,
-    restart: bool,
-) -> Statistics | None:
+def _statistics_for(plan: Plan, recipe: Recipe, checkpoint: Checkpoint, job: _Job) -> Statistics | None:
     """What the plan needs: nothing, the given statistics (checked), or cached or fresh ones."""
+    given = job.statistics
     if isinstance(given, Statistics):
         return given
     if given is not None:
@@ -180,30 +265,46 @@ def _statistics_for(
         return found
     if not needs(plan):
         return None
-    settings = settings_of(recipe.calibration or Calibration(), seed)
-    return cached_statistics(checkpoint, settings, conditions, scheduler, device, dtype, reporter, restart)
+    settings = settings_of(recipe.calibration or Calibration(), job.seed)
+    return cached_statistics(
+        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
+    )
 
 
 def _quantize_module(
     model: nn.Module, recipe: Recipe, statistics: str | Path | Statistics | None, seed: int, reporter: Reporter
 ) -> QuantizeResult:
     """A compressed copy of a model in memory; the original is not changed."""
+    if recipe.options is not None:
+        raise DitcompressError("E205", f"recipe {recipe.name}", "writes folders only", "save the model, give its path")
     register()
+    if recipe.scheduler_search is not None:
+        reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
     source = ModuleSource(model)
     adapter = adapter_for(source.config)
     layout = adapter.layout(model)
     plan = checked_plan(recipe, layout)
     if isinstance(statistics, (str, Path)):
         statistics = load_statistics(Path(statistics))
-    if statistics is None and needs(plan):
-        settings = settings_of(recipe.calibration or Calibration(), seed)
+    settings = settings_of(recipe.calibration or Calibration(), seed)
+    if (statistics is None and needs(plan)) or learns(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
+    if statistics is None and needs(plan):
         statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
     inputs = statistics.inputs if statistics is not None else {}
     plan = choose(plan, layout, source.read, inputs)
-    outcome = engine.run(source, layout, plan, inputs, RecipeSteps(), sink, seed=seed, reporter=reporter)
+    tuned = Tuned({}, {})
+    if learns(plan):
+        tuned = tune(
+            model, adapter, source.config, layout, scheduler, given, plan, inputs, recipe, seed=seed,
+            guidance=guidance_of(recipe, adapter, source.config), journal=None, reporter=reporter,
+        )  # fmt: skip
+    outcome = engine.run(
+        Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,
+        reporter=reporter,
+    )  # fmt: skip
     compressed = copy.deepcopy(model)
     fields = engine.quantization_config(recipe.name, outcome)
     config = DitcompressConfig(**{key: value for key, value in fields.items() if key != "quant_method"})
@@ -236,6 +337,8 @@ def quantize_facts(result: QuantizeResult) -> dict[str, Any]:
         "bits_per_quantized_weight": result.bits,
         "original_bytes": result.original_bytes,
         "bytes": result.bytes,
+        "measured_db": result.measured_db,
+        "tradeoff": [asdict(point) for point in result.plan.curve],
         "layers": [asdict(record) for record in result.records],
     }
 

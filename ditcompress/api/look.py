@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .. import bnb
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder
 from ..console import Reporter, Silent
@@ -28,8 +29,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     for block in layout.blocks:
         blocks[block.rpartition(".")[0]] = blocks.get(block.rpartition(".")[0], 0) + 1
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    weights = sum(m.in_features * m.out_features for m in packed.values())
-    stored = sum(m.stored_bytes for m in packed.values())
+    foreign = {name: module for name, module in model.named_modules() if isinstance(module, bnb.DecodedLinear)}
+    linears: list[PackedLinear | bnb.DecodedLinear] = [*packed.values(), *foreign.values()]
+    weights = sum(int(m.in_features) * int(m.out_features) for m in linears)
+    stored = sum(m.stored_bytes for m in packed.values()) + sum(m.stored.bytes for m in foreign.values())
     return {
         "name": Path(path).name,
         "class": checkpoint.class_name,
@@ -37,10 +40,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "blocks": blocks,
         "parameters": sum(p.numel() for p in empty.parameters()),
         "bytes": checkpoint.total_bytes,
-        "recipe": (checkpoint.quantization or {}).get("recipe", ""),
+        "recipe": bnb.recipe_name(checkpoint.config),
         "bits": 8 * stored / weights if weights else None,
         "roles": _roles(checkpoint, empty, layout),
-        "layers": [_layer(checkpoint, site, packed.get(site.name)) for site in layout.sites],
+        "layers": [_layer(checkpoint, site, packed.get(site.name), foreign.get(site.name)) for site in layout.sites],
     }
 
 
@@ -56,7 +59,7 @@ def _roles(checkpoint: Checkpoint, empty: Any, layout: Any) -> list[dict[str, An
         row[1] += entry.params
         total += entry.params
     for name, header in checkpoint.tensors.items():
-        role = owner.get(name) or sites.get(name.rpartition(".")[0]) or "other"
+        role = owner.get(name) or sites.get(bnb.owner(name)) or "other"
         table.setdefault(role, [0, 0, 0])[2] += header.stop - header.start
     return [
         {"role": role, "tensors": n, "parameters": p, "share": p / total, "bytes": b, "bits": 8 * b / p if p else 0.0}
@@ -64,8 +67,13 @@ def _roles(checkpoint: Checkpoint, empty: Any, layout: Any) -> list[dict[str, An
     ]
 
 
-def _layer(checkpoint: Checkpoint, site: Any, packed: PackedLinear | None) -> dict[str, Any]:
-    if packed is None:
+def _layer(
+    checkpoint: Checkpoint, site: Any, packed: PackedLinear | None, foreign: bnb.DecodedLinear | None
+) -> dict[str, Any]:
+    if foreign is not None:
+        done = f"{bnb.NAME} {foreign.stored.kind}"
+        bits = 8 * foreign.stored.bytes / (site.in_features * site.out_features)
+    elif packed is None:
         entry = checkpoint.tensors[f"{site.name}.weight"]
         done, bits = f"kept, {str(entry.dtype).removeprefix('torch.')}", 8.0 * entry.dtype.itemsize
     else:
@@ -101,6 +109,8 @@ def export(
     reporter = reporter or Silent()
     exporter = exporters.get(format)
     checkpoint, _ = open_model(folder)
+    if bnb.used(checkpoint.config):
+        raise DitcompressError("E205", folder, "is stored by bitsandbytes", "export a result of another recipe")
     if checkpoint.quantization is None:
         raise DitcompressError("E205", folder, "is not compressed", "give the output of `ditcompress quantize`")
     target = Path(out)

@@ -17,6 +17,7 @@ import torch
 from ..console import Reporter
 from ..errors import DitcompressError
 from ..registry import nearest
+from ..runtime.coefficients import register
 
 
 def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: ModuleType, reporter: Reporter) -> Any:
@@ -41,6 +42,7 @@ def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: Modu
     known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in known:
         raise DitcompressError("E332", path, f"{name} is no scheduler of diffusers", nearest(name, known))
+    register()  # a scheduler stored with step coefficients applies them
     try:
         return getattr(diffusers, name).from_config(fields)
     except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:

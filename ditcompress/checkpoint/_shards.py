@@ -44,6 +44,7 @@ class ShardWriter:
         self._table: dict[str, Any] = {}
         self._names: set[str] = set()
         self._offset = 0
+        self._held = 0  # offset up to which the open file grows whatever the limit
         self._file: BinaryIO | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -51,7 +52,7 @@ class ShardWriter:
         if name in self._names:
             raise ValueError(f"tensor {name} was added twice")
         size = tensor.numel() * tensor.element_size()
-        if self._offset and self._offset + size > self.limit:
+        if self._offset and self._offset + size > max(self.limit, self._held):
             self._close()
         if self._file is None:
             self._file = open(self.folder / f".{self.stem}-{len(self._shards):05d}.data", "w+b")  # noqa: SIM115
@@ -60,13 +61,19 @@ class ShardWriter:
         _write(self._file, tensor)
         self._offset += size
 
+    def keep_together(self, size: int) -> None:
+        """The tensors added next, `size` bytes in all, go to one file, even if that makes it larger than the limit."""
+        if self._offset and self._offset + size > self.limit:
+            self._close()
+        self._held = self._offset + size
+
     def _close(self) -> None:
         """Put the header in front of the data of the open shard."""
         assert self._file is not None
         with self._file as file:
             _insert(file, _header(self._table, self.metadata))
         self._shards.append((Path(file.name), self._table))
-        self._file, self._table, self._offset = None, {}, 0
+        self._file, self._table, self._offset, self._held = None, {}, 0, 0
 
     def finish(self) -> list[Path]:
         """Give the files their names and write the index where there are several; the files in order."""

@@ -201,7 +201,7 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
         fields: Any = checkpoint.quantization
         method = fields.get("quant_method") if isinstance(fields, dict) else None
         narrow = method == "ditcompress" and bool(fields.get("shapes")) and not fields.get("layers")
-        if method != "ditcompress" or not (allow_compressed or narrow):  # narrower layers are plain weights
+        if not _readable(fields, method) or not (allow_compressed or narrow):  # narrower layers are plain weights
             what = f"this model is already quantized by {printable(method or 'an unnamed method', 40)}"
             raise DitcompressError("E322", f"{label(checkpoint.folder)}: quantization_config", what, ORIGINAL)
         return
@@ -212,6 +212,12 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
             raise DitcompressError("E322", where, f"is {kind}: the model is already quantized", ORIGINAL)
         if not entry.dtype.is_floating_point and name.endswith((".weight", ".bias")):
             raise DitcompressError("E318", where, f"a weight of dtype {kind}", "convert it to float32 or bfloat16")
+
+
+def _readable(fields: Any, method: Any) -> bool:
+    """Whether we can decode what this method stores: our own form, and that of bitsandbytes."""
+    widths = ("load_in_4bit", "load_in_8bit")
+    return method == "ditcompress" or (method == "bitsandbytes" and any(fields.get(key) is True for key in widths))
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ..errors import DitcompressError
 from ._files import OTHER, open_regular, os_errors
 from ._shards import ShardWriter as ShardWriter  # the door for everything that writes
 from ._shards import save_atomic as save_atomic
+from .manifest import NAME as MANIFEST
 from .manifest import changed, is_ours, write_manifest
 
 
@@ -189,6 +190,18 @@ def copy_pipeline(pipeline: Path, partial: Path, component: str) -> None:
                     _copy(source, partial / source.relative_to(pipeline), pipeline)
         elif path.name == "model_index.json":
             _copy(path, partial / path.name, pipeline)
+
+
+def copy_result(folder: Path, partial: Path) -> None:
+    """Copy a model or pipeline folder, without hidden files and its manifest, which the new folder gets anew.
+
+    Copies, not links: a change to one folder must not reach into the other. Only regular files inside it (E402).
+    """
+    for source in sorted(folder.rglob("*")):
+        inside = source.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if not hidden and inside.as_posix() != MANIFEST and (source.is_symlink() or not source.is_dir()):
+            _copy(source, partial / inside, folder)
 
 
 def _copy(source: Path, target: Path, root: Path) -> None:

@@ -66,6 +66,9 @@ def quantize(
         Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-RECIPE beside it).")
     ] = None,
     statistics: Annotated[Path | None, typer.Option(help="Folder made by `calibrate`.")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Mean stored bits of a quantized weight.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="Size of the result, for example 6GB.")] = None,
+    target_db: Annotated[float | None, typer.Option(help="Least output SQNR in dB.")] = None,
     set_: Set = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
@@ -86,7 +89,8 @@ def quantize(
         result = api.quantize(
             checkpoint, recipe, out, statistics=statistics, overrides=set_ or (), conditions=conditions,
             scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
-            dry_run=dry_run, reporter=common.reporter(quiet, as_json),
+            dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
+            target_size=target_size, target_db=target_db,
         )  # fmt: skip
         if dry_run:
             common.emit(as_json, {"plan": result.plan.to_json()}, lambda: _show_plan(result))
@@ -116,11 +120,19 @@ def _show_result(result: QuantizeResult, recipe: str) -> None:
     rows = [[role, int(n), f"{int(w):,}", f"{8 * b / w:.2f}", size(b)] for role, (n, w, b) in by_role.items()]
     rows.append(["all quantized", len(result.records), "", f"{result.bits:.2f}", ""])
     print_table(f"quantized with {recipe}", ["role", "linears", "weights", "bits", "stored"], rows)
+    if result.plan.curve:
+        points = [[f"{p.bits:.2f}", f"{p.predicted_db:.1f}", "this one" if p.chosen else ""] for p in result.plan.curve]
+        print_table("trade-off", ["bits", "predicted dB (rounding to nearest)", ""], points)
+    if result.measured_db is not None:
+        print_text(f"output SQNR on held-out inputs: {result.measured_db:.2f} dB")
     ratio = result.original_bytes / max(result.bytes, 1)
     print_text(
         f"{size(result.original_bytes)} -> {size(result.bytes)} ({ratio:.2f}x smaller), written to {result.path}"
     )
-    print_text("load it: import ditcompress; then plain diffusers from_pretrained")
+    if result.records and result.records[0].format.startswith("bitsandbytes"):
+        print_text("load it: plain diffusers from_pretrained, on a GPU")
+    else:
+        print_text("load it: import ditcompress; then plain diffusers from_pretrained")
 
 
 def export(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, bnb
 from ..console import Reporter, Silent
 from ..result import Measurement, Result
 from . import cost, denoiser, integrity, latency, layers, paired
@@ -108,6 +108,8 @@ def remarks(subject: Subject, rows: Sequence[Measurement], missing: Sequence[str
         notes.append("no absolute PSNR is gated for latent models")
     if missing:
         notes.append(f"gated but not measured: {', '.join(missing)}")
+    if bnb.used(subject.result.config):
+        notes.append("bitsandbytes weights were decoded for this run: memory and times are not those of bitsandbytes")
     notes += filter(None, [moved(rows)])
     return notes
 
@@ -121,7 +123,7 @@ def provenance(subject: Subject, command: str, quality: Findings) -> dict[str, A
         "original": {"name": subject.source.path.name, "fingerprint": subject.source.fingerprint},
         "compressed": {"name": subject.result.path.name, "fingerprint": subject.result.fingerprint},
         "model_class": subject.source.class_name,
-        "recipe": (subject.result.quantization or {}).get("recipe", ""),
+        "recipe": bnb.recipe_name(subject.result.config),
         "scheduler": {"class": type(subject.scheduler).__name__, "config": scheduler_config(subject.scheduler)},
         "guidance": subject.guidance,
         "conditions": {"source": subject.conditions.source, "sha256": subject.conditions.digest},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .. import bnb
 from ..checkpoint.manifest import read_manifest, verify_manifest
 from ..errors import DitcompressError
 from . import _fresh
@@ -80,10 +81,21 @@ def fresh_check(subject: Subject, found: Fresh | None) -> Check:
     """Stock `from_pretrained` in a new process gives bit-identical tensors to the model evaluated here."""
     if found is None:
         return Check("fresh process", None, "a single file is not loadable by from_pretrained")
+    if bnb.used(subject.result.config):
+        return _foreign_check(found)
     if found.error:
         return Check("fresh process", False, f"plain from_pretrained failed: {found.error}")
     same = found.digest == _fresh.state_digest(subject.compressed)
     return Check("fresh process", same, "plain diffusers loads bit-identical tensors" if same else "tensors differ")
+
+
+def _foreign_check(found: Fresh) -> Check:
+    """bitsandbytes keeps its own packed tensors in the model, so loading is all that can be compared."""
+    if "No GPU found" in found.error:
+        return Check("fresh process", None, "diffusers loads bitsandbytes models on a GPU only, there is none here")
+    if found.error:
+        return Check("fresh process", False, f"plain from_pretrained failed: {found.error}")
+    return Check("fresh process", True, "plain diffusers loads it")
 
 
 def manifest(folder: Path) -> Check:

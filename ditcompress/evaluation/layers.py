@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bnb import DecodedLinear
 from ..calibration.trajectory import StepRecord
 from ..measures import cosine, sqnr_db
 from ..runtime.linear import PackedLinear, kernel_for
@@ -64,7 +65,8 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
 def compare_layers(subject: Subject) -> list[LayerOutput]:
     """One record for each packed linear, in forward order, on a few images in the middle of their trajectory."""
-    packed = {name: m for name, m in subject.compressed.named_modules() if isinstance(m, PackedLinear)}
+    kinds = (PackedLinear, DecodedLinear)
+    packed = {name: m for name, m in subject.compressed.named_modules() if isinstance(m, kinds)}
     if not packed:
         return []
     indices = list(range(min(IMAGES, subject.conditions.count)))
@@ -102,7 +104,7 @@ def recorded_weight_sqnr(folder: Path) -> dict[str, float]:
 
 def _one(
     name: str,
-    layer: PackedLinear,
+    layer: PackedLinear | DecodedLinear,
     found: Mapping[str, Mapping[str, Tensor]],
     roles: Mapping[str, tuple[str, str]],
     weight_sqnr: float | None,
@@ -110,7 +112,6 @@ def _one(
     reference, output = found["original"][name], found["compressed"][name]
     role, block = roles.get(name, ("other", ""))
     weights = layer.in_features * layer.out_features
-    spec, activation = layer.scheme.weight, layer.scheme.activation
     rows = output.flatten(0, -2)
     constant = (
         len(rows) > 1
@@ -123,14 +124,31 @@ def _one(
         block=block,
         sqnr_db=sqnr_db(reference, output),
         cosine=cosine(reference, output),
-        bits=8 * layer.stored_bytes / weights,
         weights=weights,
-        format=f"{spec.format}{spec.params.get('bits', '')}",
-        activation="float" if activation.mode == "none" else f"int{activation.bits} per {activation.mode}",
-        kernel=kernel_for(layer.scheme, torch.device(subject_device(layer))),
+        **_stored(layer, weights),
         dead=constant or not bool(torch.isfinite(output).all()),
         weight_sqnr_db=weight_sqnr,
     )
+
+
+def _stored(layer: PackedLinear | DecodedLinear, weights: int) -> dict[str, Any]:
+    """How the weight is stored and run. Decoded weights of bitsandbytes run in floating point here."""
+    if isinstance(layer, DecodedLinear):
+        bits = 8 * layer.stored.bytes / weights
+        activation = "int8 per token" if layer.stored.kind == "int8" else "float"
+        return {
+            "bits": bits,
+            "format": f"bitsandbytes-{layer.stored.kind}",
+            "activation": activation,
+            "kernel": "decoded",
+        }
+    spec, inputs = layer.scheme.weight, layer.scheme.activation
+    return {
+        "bits": 8 * layer.stored_bytes / weights,
+        "format": f"{spec.format}{spec.params.get('bits', '')}",
+        "activation": "float" if inputs.mode == "none" else f"int{inputs.bits} per {inputs.mode}",
+        "kernel": kernel_for(layer.scheme, torch.device(subject_device(layer))),
+    }
 
 
 def subject_device(layer: PackedLinear) -> str:

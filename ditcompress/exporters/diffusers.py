@@ -50,6 +50,11 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
         what = "has layers of widths that no plain config.json can say"
         raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
+    for name in layers:
+        if _packed(model, name).scheme.output_norm:
+            raise DitcompressError(
+                "E205", name, "normalises its output", "use --format safetensors: no plain model does"
+            )
     stored = {f"{name}.{suffix}" for name in layers for suffix in _packed(model, name).stored}
     writer = ShardWriter(folder)
     digests: dict[str, str] = {}

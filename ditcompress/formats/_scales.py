@@ -43,6 +43,8 @@ def grid_shape(layout: str, group: int, shape: tuple[int, int]) -> tuple[int, in
 
 def expand(values: Tensor, layout: str, group: int, shape: tuple[int, int], columns: slice) -> Tensor:
     """Grid values broadcastable against the weight columns `columns`."""
+    if layout == "group" and columns.start // group == (columns.stop - 1) // group:
+        return values[:, columns.start // group, None]
     if layout == "group":
         index = torch.arange(columns.start, columns.stop, device=values.device) // group
         return values[:, index]

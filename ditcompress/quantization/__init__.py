@@ -17,7 +17,11 @@ __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
 
 class RecipeSteps:
-    """The steps named in the decisions: those with `prepare` choose the smoothing, the one with `encode` rounds."""
+    """The steps named in the decisions: those with `prepare` choose the smoothing, the one with `encode` rounds.
+    `tuned` are stored forms that training has found already."""
+
+    def __init__(self, tuned: Mapping[str, Encoded] | None = None) -> None:
+        self.tuned = tuned or {}
 
     def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None:
         group = Group([Layer(d, w, statistics) for d, w in zip(decisions, weights, strict=True)])
@@ -48,6 +52,8 @@ class RecipeSteps:
         seed: int,
         sign: Tensor | None = None,
     ) -> Encoded:
+        if decision.site in self.tuned:
+            return self.tuned[decision.site]
         generator = torch.Generator().manual_seed(seed)
         layer = Layer(decision, weight, statistics, smooth, sign, generator)
         module, params = step_module(_encoder(decision))
@@ -67,7 +73,8 @@ def choose(plan: Plan, layout: Layout, read: Callable[[str], Tensor], statistics
             if step.name not in asked and hasattr(module, "choose"):
                 asked.add(step.name)
                 by_site = {d.site: statistics.get(keys[d.site]) for d in plan.layers}
-                plan = Plan(tuple(module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)))
+                found = module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)
+                plan = found if isinstance(found, Plan) else Plan(tuple(found), plan.curve)
     return plan
 
 

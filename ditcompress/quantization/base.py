@@ -13,7 +13,7 @@ Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -100,10 +100,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The stored form of a weight: codes, and the factors of a low-rank residual (up (out, r), down (r, in))."""
+    """The stored form of a weight: codes, the factors of a low-rank residual (up (out, r), down (r, in)), and what else
+    the layer's scheme stores."""
 
     packed: PackedWeight
     low_rank: tuple[Tensor, Tensor] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self) -> Tensor:
         """The float32 weight (out, in) that the smoothed input meets."""

@@ -17,9 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import DitcompressError
 from ..formats.base import StrictParams, resolve
 from ..hadamard import signs
-from ..plan import LayerDecision, WeightSpec
+from ..measures import ratio_db
+from ..plan import LayerDecision, Plan, TradeOff, WeightSpec
 from ..runtime.scheme import Scheme
 from ._knapsack import Choice, Point, hull, path
 from ._low_rank import low_rank
@@ -37,10 +39,12 @@ class Option(StrictParams):
 
 
 class Params(StrictParams):
-    """`target_bits`: mean stored bits per planned weight; `widths`: bits of the own format that a layer may get;
-    `options`: other stored forms that it may get."""
+    """`target_bits`: mean stored bits per planned weight; `target_db`: the least output SQNR that the statistics must
+    predict, in place of a number of bits; `widths`: bits of the own format that a layer may get; `options`: other
+    stored forms that it may get."""
 
     target_bits: float = Field(4.65, gt=1, le=16)
+    target_db: float | None = Field(None, gt=0, le=200)
     widths: tuple[int, ...] = (5, 6, 8)
     options: tuple[Option, ...] = ()
 
@@ -94,15 +98,30 @@ def choose(
     read: Callable[[str], Tensor],
     statistics: Mapping[str, Any],
     params: Params,
-) -> list[LayerDecision]:
-    """`decisions` with the forms that the budget allows; only those whose steps name `mixed` may change."""
+) -> Plan:
+    """`decisions` with the forms that the budget allows, and the curve of what other budgets would give; only those
+    whose steps name `mixed` may change. E202 names the nearest target where none meets it."""
     table, weights = choices(decisions, read, statistics, params)
-    return chosen(table, path(table, params.target_bits * weights)[-1])
+    points = path(table)
+    if params.target_db is None:
+        found = path(table, params.target_bits * weights)[-1]
+        reachable = found.bits <= params.target_bits * weights
+        target, nearest = f"{params.target_bits:g} bits", f"{points[0].bits / weights:.2f} bits"
+    else:
+        enough = [p for p in points if ratio_db(p.cost) >= params.target_db]
+        found, reachable = (enough or points[-1:])[0], bool(enough)
+        target, nearest = f"{params.target_db:g} dB", f"{ratio_db(points[-1].cost):.1f} dB"
+    if not reachable:
+        raise DitcompressError("E202", "mixed", f"no choice of formats meets {target}", f"the nearest is {nearest}")
+    layers = [forms[place].decision for forms, place in zip(table, found.places, strict=True)]
+    return Plan(tuple(layers), _curve([*points[:: max(1, len(points) // 16)], points[-1]], found, weights))
 
 
-def chosen(table: Sequence[Sequence[Choice]], point: Point) -> list[LayerDecision]:
-    """The decisions at one point of the path."""
-    return [forms[place].decision for forms, place in zip(table, point.places, strict=True)]
+def _curve(points: Sequence[Point], found: Point, weights: int) -> tuple[TradeOff, ...]:
+    """Some points of the path and the chosen one, by falling budget."""
+    known = {(p.bits, p.cost): TradeOff(p.bits / weights, ratio_db(p.cost)) for p in points}
+    known[(found.bits, found.cost)] = TradeOff(found.bits / weights, ratio_db(found.cost), chosen=True)
+    return tuple(known[key] for key in sorted(known))
 
 
 def _forms(decision: LayerDecision, params: Params, shape: tuple[int, int]) -> list[LayerDecision]:

@@ -34,6 +34,14 @@ def kernel_for(scheme: Scheme, device: torch.device) -> str:
     return reference.NAME
 
 
+NORM_EPS = 1e-5
+
+
+def normed(y: Tensor, gain: Tensor) -> Tensor:
+    """y / rms(y) * gain over the last dimension (TerDiT, section 3.2)."""
+    return y * torch.rsqrt(y.float().square().mean(-1, keepdim=True) + NORM_EPS).to(y.dtype) * gain.to(y.dtype)
+
+
 class PackedLinear(nn.Module):
     """A linear whose weight is stored packed. Works on the meta device; dtypes of the stored tensors never change."""
 
@@ -43,6 +51,7 @@ class PackedLinear(nn.Module):
     rotate_sign: Tensor
     low_rank_up: Tensor
     low_rank_down: Tensor
+    output_gain: Tensor
     input_scale: Tensor
     input_zero: Tensor
 
@@ -117,7 +126,8 @@ class PackedLinear(nn.Module):
             x = rotate(x.float(), self._sign(), self.scheme.rotate)
         integer = kernel_for(self.scheme, x.device) == cpu_int8.NAME
         y = self._integer(x, dtype) if integer else self._reference(x, dtype)
-        return y if self.bias is None else y + self.bias.to(dtype)
+        y = y if self.bias is None else y + self.bias.to(dtype)
+        return normed(y, self.output_gain) if self.scheme.output_norm else y
 
     def _integer(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """INT8 by INT8, rescaled in float32; the result is in `dtype`."""

@@ -48,6 +48,7 @@ class _Fields(Strict):
     rank: int = Field(ge=0, le=MOST_RANK)
     rotate: int = Field(0, ge=0)
     low_rank_input: Literal["rounded", "float"] = "rounded"
+    output_norm: bool = False
 
 
 def refuse(where: str, error: ValidationError) -> DitcompressError:
@@ -60,7 +61,8 @@ def refuse(where: str, error: ValidationError) -> DitcompressError:
 @dataclass(frozen=True)
 class Scheme:
     """What replaces a weight, how the input is rounded, whether it is divided by a smoothing vector before, the rank of
-    the low-rank part, and the order of the Hadamard transform of the (smoothed) input, 0 for none."""
+    the low-rank part, the order of the Hadamard transform of the (smoothed) input, 0 for none, and whether the output
+    is divided by its root mean square and multiplied by a gain (TerDiT)."""
 
     weight: WeightSpec
     activation: ActivationSpec = field(default_factory=ActivationSpec)
@@ -68,6 +70,7 @@ class Scheme:
     rank: int = 0
     rotate: int = 0
     low_rank_input: str = "rounded"
+    output_norm: bool = False
 
     @staticmethod
     def from_json(value: Mapping[str, Any], where: str = WHERE) -> Scheme:
@@ -90,6 +93,7 @@ class Scheme:
             fields.rank,
             fields.rotate,
             fields.low_rank_input,
+            fields.output_norm,
         )
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -103,6 +107,8 @@ class Scheme:
             stored["smooth"] = ((columns,), torch.float32)
         if self.rotate:
             stored["rotate_sign"] = ((-(-columns // 8),), torch.uint8)
+        if self.output_norm:
+            stored["output_gain"] = ((rows,), torch.float32)
         if self.activation.mode == "static":
             stored["input_scale"] = ((1,), torch.float32)
             if not self.activation.symmetric:

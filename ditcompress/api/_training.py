@@ -1,0 +1,107 @@
+"""The training stage of `quantize`: recipes whose steps learn their codes against the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.conditions import Conditions
+from ..calibration.schedulers import load_scheduler
+from ..calibration.trajectory import Sampling
+from ..checkpoint.reader import Checkpoint
+from ..console import Reporter
+from ..distill.data import Trajectories
+from ..distill.trainer import Settings, train
+from ..errors import DitcompressError
+from ..loading import load_model
+from ..models import adapter_for
+from ..models.base import Layout
+from ..plan import Plan
+from ..quantization import RecipeSteps
+from ..quantization._trained import Imitation, Tuned, trained_step
+from ..recipe import Calibration, Recipe, Training
+from .calibration import conditions_for, pick_device, settings_of
+
+
+def learns(plan: Plan) -> bool:
+    """Whether any step of the plan is trained."""
+    return any(trained_step(decision) is not None for decision in plan.layers)
+
+
+def check_training(recipe: Recipe, plan: Plan) -> None:
+    """E202 when steps learn and the recipe does not say how, or normalised outputs are not trained."""
+    if learns(plan) and recipe.training is None:
+        raise DitcompressError("E202", f"recipe {recipe.name}", "its steps are trained", "add a section training:")
+    for decision in plan.layers:
+        if trained_step(decision) is not None and decision.rotate:
+            raise DitcompressError("E202", decision.reason, "rotated inputs are not trained", "leave out rotate")
+
+
+def tune(
+    model: nn.Module, adapter: ModuleType, config: Mapping[str, Any], layout: Layout, scheduler: Any,
+    conditions: Conditions, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *, seed: int,
+    guidance: float, journal: Path | None, reporter: Reporter,
+) -> Tuned:  # fmt: skip
+    """Train the plan's learning steps on `model`, which is not changed."""
+    wanted = recipe.training or Training()
+    sampling = Sampling(wanted.sample_steps, guidance, seed + 7919, batch=wanted.images)
+    data = Trajectories(
+        model, adapter, config, scheduler, conditions, sampling, images=wanted.images, refresh=wanted.refresh,
+        null=wanted.null,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        task = Imitation(
+            model, layout, plan, statistics, RecipeSteps(), data, batch=wanted.batch, total=wanted.steps,
+            features=wanted.features, output=wanted.output, seed=seed,
+        )  # fmt: skip
+        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
+        history = train(task, settings, journal=journal, reporter=reporter)
+    first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
+    reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
+    return task.result(history.losses)
+
+
+def tuned_from(
+    checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: Mapping[str, Any], recipe: Recipe, *,
+    conditions: str | Path | None, scheduler: str | Path | None, seed: int, device: str, journal: Path,
+    reporter: Reporter,
+) -> Tuned:  # fmt: skip
+    """What training finds for a checkpoint on disk."""
+    adapter = adapter_for(checkpoint.config)
+    model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(device))
+    sampler = load_scheduler(
+        checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
+    )
+    settings = settings_of(recipe.calibration or Calibration(), seed)
+    given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
+    return tune(
+        model, adapter, checkpoint.config, layout, sampler, given, plan, statistics, recipe, seed=seed,
+        guidance=guidance_of(recipe, adapter, checkpoint.config), journal=journal, reporter=reporter,
+    )  # fmt: skip
+
+
+def guidance_of(recipe: Recipe, adapter: ModuleType, config: Mapping[str, Any]) -> float:
+    """The guidance of the recipe's calibration, else the family's usual one."""
+    asked = recipe.calibration.guidance if recipe.calibration else None
+    return float(adapter.default_guidance(config) if asked is None else asked)
+
+
+class Overlay:
+    """A source with some tensors replaced."""
+
+    def __init__(self, source: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.source, self.replaced = source, tensors
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        return self.source.tensors  # type: ignore[no-any-return]
+
+    def read(self, name: str) -> Tensor:
+        original = self.source.read(name)
+        return self.replaced[name].to(original.dtype) if name in self.replaced else original

@@ -1,0 +1,1 @@
+"""Teacher and student: the one trainer, its data and its losses."""

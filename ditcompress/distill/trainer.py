@@ -1,0 +1,170 @@
+"""The one trainer: a loop over a task's loss, resumable to the same bits.
+
+Everything random is drawn from (seed, step), so a run that was killed goes on from its last state and ends with the
+weights of an uninterrupted one (on a CPU). A state holds the trained tensors, the optimiser and the moving averages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+
+
+class Settings(BaseModel):
+    """`learning_rate` is that of groups without one of their own; `warmup` the share of steps with a rising rate;
+    `ema` the decay of the moving average that is kept in the end (0: the weights themselves); `clip` the largest
+    gradient norm; `save_every` steps between states."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    save_every: int = Field(200, ge=1)
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The trained tensors by name, in a fixed order."""
+
+    def rates(self) -> Mapping[str, float]:
+        """Learning rates of those that have one of their own."""
+
+    def loss(self, step: int, part: int) -> Tensor:
+        """The loss of one batch; `part` counts the batches that are accumulated."""
+
+    def after_step(self, step: int) -> None:
+        """What follows an update."""
+
+    def extra(self) -> dict[str, Tensor]:
+        """Other tensors of the state (masks, counters)."""
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """Take `extra` back."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Losses of all steps, also those before an interruption."""
+
+    losses: tuple[float, ...]
+
+
+def rate_at(step: int, settings: Settings) -> float:
+    """Factor of the learning rate at a step, from 0."""
+    rise = max(1, round(settings.warmup * settings.steps))
+    if step < rise:
+        return (step + 1) / rise
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
+
+
+def train(task: Task, settings: Settings, *, journal: Path | None = None, reporter: Reporter | None = None) -> History:
+    """Train to the last step; the task's tensors then hold the result (the averages with `ema`).
+
+    E703 when the loss is not finite: the last good state is put back and stays in `journal`.
+    """
+    parameters = task.parameters()
+    optimizer = torch.optim.AdamW(_groups(task, settings), weight_decay=settings.weight_decay)
+    averages = {name: tensor.detach().clone() for name, tensor in parameters.items()} if settings.ema else {}
+    losses = _load(journal, task, optimizer, averages)
+    with (reporter or Silent()).task("train", settings.steps) as advance:
+        advance(len(losses))
+        for step in range(len(losses), settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * rate_at(step, settings)
+            value = _step(task, settings, optimizer, step)
+            if not math.isfinite(value):
+                kept = len(_load(journal, task, optimizer, averages))
+                raise DitcompressError(
+                    "E703", f"training step {step}", "the loss is not finite",
+                    f"lower the learning rate; the state of step {kept} is kept",
+                )  # fmt: skip
+            losses.append(value)
+            task.after_step(step)
+            for name, average in averages.items():
+                average.lerp_(parameters[name].detach(), 1 - min(settings.ema, (step + 1) / (step + 10)))
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                _save(journal, task, optimizer, averages, losses)
+            advance(1)
+    with torch.no_grad():
+        for name, average in averages.items():
+            parameters[name].copy_(average)
+    return History(tuple(losses))
+
+
+def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
+    own = task.rates()
+    by_rate: dict[float, list[Tensor]] = {}
+    for name, tensor in task.parameters().items():
+        by_rate.setdefault(own.get(name, settings.learning_rate), []).append(tensor)
+    return [{"params": tensors, "lr": rate, "base": rate} for rate, tensors in by_rate.items()]
+
+
+def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step: int) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for part in range(settings.accumulate):
+        loss = task.loss(step, part) / settings.accumulate
+        loss.backward()
+        total += loss.item()
+    if math.isfinite(total):
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(tensors, settings.clip)
+        optimizer.step()
+    return total
+
+
+def _save(
+    journal: Path | None, task: Task, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor],
+    losses: Sequence[float],
+) -> None:  # fmt: skip
+    """One file, renamed into place; its losses are in it, so that it is whole or not there."""
+    if journal is None:
+        return
+    state = {
+        "parameters": {name: tensor.detach() for name, tensor in task.parameters().items()},
+        "optimizer": optimizer.state_dict(),
+        "averages": dict(averages),
+        "extra": task.extra(),
+        "losses": json.dumps(list(losses)),
+    }
+    torch.save(state, journal / "training.part")
+    os.replace(journal / "training.part", journal / "training.pt")
+
+
+def _load(
+    journal: Path | None, task: Task, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
+) -> list[float]:
+    """Put the last state back; the losses up to it, [] where there is none."""
+    if journal is None or not (journal / "training.pt").exists():
+        return []
+    state = torch.load(journal / "training.pt", weights_only=True)
+    with torch.no_grad():
+        for name, tensor in task.parameters().items():
+            tensor.copy_(state["parameters"][name])
+        for name in averages:
+            averages[name].copy_(state["averages"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    task.restore(state["extra"])
+    return list(json.loads(state["losses"]))

@@ -1,0 +1,86 @@
+"""Budgets of bits, bytes and dB, and the trade-off curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditcompress import api
+from ditcompress.api.target import parse_size
+from ditcompress.console import Silent
+from ditcompress.errors import DitcompressError
+from ditcompress.evaluation.digits import digits_folder
+
+FEW = ["calibration.samples=4", "calibration.steps=4"]
+
+
+@pytest.fixture(scope="module")
+def auto(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("auto") / "out"
+    return api.quantize(digits_folder(), "auto", out, overrides=FEW, target_bits=4.0, device="cpu")
+
+
+def test_the_budget_holds_for_what_is_stored_and_the_curve_rises(auto: Any) -> None:
+    assert 3.7 < auto.bits <= 4.0
+    curve = json.loads((auto.path / "transformer" / "tradeoff.json").read_text())
+    assert [p["bits"] for p in curve] == sorted(p["bits"] for p in curve)
+    assert [p["predicted_db"] for p in curve] == sorted(p["predicted_db"] for p in curve)
+    (chosen,) = [p for p in curve if p["chosen"]]
+    assert chosen["bits"] == pytest.approx(auto.bits, abs=1e-6)
+    assert len({(d.weight.params["bits"], d.weight.params.get("group")) for d in auto.plan.layers}) > 3
+
+
+def test_the_verification_pass_measures_at_least_what_rounding_to_nearest_predicts(auto: Any) -> None:
+    (chosen,) = [p for p in auto.plan.curve if p.chosen]
+    assert auto.measured_db > chosen.predicted_db - 3
+
+
+def test_a_size_is_kept(tmp_path: Path) -> None:
+    result = api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=FEW, target_size="600kB", device="cpu")
+    assert 560_000 < result.bytes <= 600_000
+
+
+def test_a_db_target_is_met_by_the_measurement(tmp_path: Path) -> None:
+    result = api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=FEW, target_db=20.0, device="cpu")
+    assert result.measured_db is not None and result.measured_db >= 20
+    assert result.bits < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target_bits": 4.0, "target_db": 30.0}, "one budget"),
+        ({"target_size": "many"}, "is not a size"),
+        ({"target_size": "1kB"}, "what stays as it is takes"),
+        ({"target_bits": 0.5}, "is not within"),
+    ],
+)
+def test_bad_targets_are_one_line(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(DitcompressError, match="E203") as caught:
+        api.quantize(digits_folder(), "auto", tmp_path / "out", **arguments)
+    assert words in caught.value.line() and not (tmp_path / "out").exists()
+
+
+def test_a_target_that_no_choice_meets_names_the_nearest(tmp_path: Path) -> None:
+    for target, unit in (({"target_bits": 1.5}, "bits"), ({"target_db": 150.0}, "dB")):
+        with pytest.raises(DitcompressError, match=rf"E202.*the nearest is [0-9.]+ {unit}"):
+            api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=FEW, device="cpu", **target)  # type: ignore[arg-type]
+
+
+def test_a_recipe_without_a_budget_refuses_a_target(tmp_path: Path) -> None:
+    with pytest.raises(DitcompressError, match=r"E203.*use recipe auto"):
+        api.quantize(digits_folder(), "w8a16", tmp_path / "out", target_bits=4.0)
+
+
+def test_fallbacks_are_said(tmp_path: Path) -> None:
+    reporter = Silent()
+    overrides = ["rules.0.weight={format: int, bits: 4, layout: group, group: 36}"]
+    api.quantize(digits_folder(), "w4a16-rtn", tmp_path / "out", overrides=overrides, dry_run=True, reporter=reporter)
+    assert any("group 36 does not divide width 64" in note for note in reporter.notes)
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    assert [parse_size(t) for t in ("6GB", "1.5 MB", "12", "2KiB")] == [6 * 10**9, 1_500_000, 12, 2048]
