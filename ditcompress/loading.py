@@ -22,16 +22,17 @@ import diffusers.quantizers.auto as auto
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from . import bnb
 from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
-from .models import build_meta, class_of
+from .models import adapter_for, build_meta, class_of
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
+from .structure import narrow
 
 NAME = "ditcompress"
 VERSION = 1  # of the quantization_config below
@@ -47,6 +48,7 @@ class _Fields(Strict):
     recipe: str
     schemes: dict[str, dict[str, Any]]
     layers: dict[str, str]
+    shapes: dict[str, int] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -59,6 +61,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         self,
         schemes: Mapping[str, Any] | None = None,
         layers: Mapping[str, str] | None = None,
+        shapes: Mapping[str, int] | None = None,
         version: int = VERSION,
         recipe: str = "",
         quant_method: str = NAME,
@@ -69,12 +72,13 @@ class DitcompressConfig(QuantizationConfigMixin):
                 "E320", f"{WHERE}.version", f"is {version!r}, this release reads {VERSION}", "upgrade ditcompress"
             )
         try:
-            fields = _Fields.model_validate({"recipe": recipe, "schemes": schemes, "layers": layers, **unknown})
+            given = {"recipe": recipe, "schemes": schemes, "layers": layers, "shapes": shapes or {}, **unknown}
+            fields = _Fields.model_validate(given)
         except ValidationError as error:
             raise refuse(WHERE, error) from None
         self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
         self.version, self.recipe = version, fields.recipe
-        self.schemes, self.layers = fields.schemes, fields.layers
+        self.schemes, self.layers, self.shapes = fields.schemes, fields.layers, fields.shapes
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -93,6 +97,7 @@ class DitcompressConfig(QuantizationConfigMixin):
             "recipe": self.recipe,
             "schemes": self.schemes,
             "layers": self.layers,
+            **({"shapes": self.shapes} if self.shapes else {}),
         }
 
     to_diff_dict = to_dict
@@ -135,6 +140,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, DitcompressConfig)
+        apply_shapes(model, config.shapes)
         apply_schemes(model, config.layer_schemes())
         self.stored = stored_dtypes(model)
         if self.present is not None:
@@ -210,6 +216,19 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     replace_linears(model, schemes)
 
 
+def apply_shapes(model: nn.Module, shapes: Mapping[str, int]) -> None:
+    """Narrow each named axis to its number of units; E320 for an axis or a number that the model has not."""
+    if not shapes:
+        return
+    layout = adapter_for(type(model).__name__).layout(model)
+    for name, count in shapes.items():
+        axis = layout.axes.get(name)
+        if axis is None or not axis.cut or not 0 < count <= axis.size // axis.unit_size:
+            what = f"{count} units of {name} do not fit this model"
+            raise DitcompressError("E320", f"{WHERE}.shapes", what, "compress the original again")
+    narrow(model, layout, {name: range(count) for name, count in shapes.items()})
+
+
 def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Full name and dtype of every tensor that packed layers store (biases are ordinary parameters)."""
     return {
@@ -259,10 +278,19 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """The model that `config` describes, packed layers included, without any data."""
-    model = build_meta(_plain(config))
+    model = plain_model(config)
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_schemes(model, layers.layer_schemes())
+    return model
+
+
+def plain_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model that `config` describes before any linear is packed, with its own widths, without any data."""
+    model = build_meta(_plain(config))
+    layers = DitcompressConfig.of(config)
+    if layers is not None:
+        apply_shapes(model, layers.shapes)
     return model
 
 
@@ -347,6 +375,7 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
         model = getattr(diffusers, class_of(plain)).from_config(plain)
     layers = DitcompressConfig.of(config)
     if layers is not None:
+        apply_shapes(model, layers.shapes)
         apply_schemes(model, layers.layer_schemes())
         as_loaded(model, layers)
     return model

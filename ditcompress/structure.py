@@ -1,4 +1,4 @@
-"""Changes of structure along one axis: fold a scale, reorder units, cut units, split a feed-forward into experts.
+"""Changes of structure: fold a scale, reorder units, cut units, split a feed-forward into experts, remove blocks.
 
 Each is exact where the axis says so: the writers' rows and the readers' columns change together, at their own
 offsets where an axis is one of several that are concatenated. The contract suite holds every family's table to it.
@@ -9,12 +9,15 @@ Terms: an axis has `size` channels in units of `unit_size` (a head, a neuron); a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .errors import DitcompressError
+from .models import Depth, shortened
 from .models.base import Axis, Layout, Site
 
 
@@ -179,6 +182,41 @@ def _update_widths(model: nn.Module, axis: Axis, layout: Layout, count: int) -> 
             module._tp_packed_row_blocks = sizes  # type: ignore[assignment]
 
 
+def narrow_index(layout: Layout, kept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Site, int, Tensor]]:
+    """(site, dimension, indices to keep) for every linear that an axis of `kept` (name -> units) reaches: dimension 0
+    are its rows and bias, 1 its columns. Several axes of one concatenation are cut together."""
+    channels = {name: _channels(layout.axes[name], units) for name, units in kept.items()}
+    for site in layout.sites:
+        for dim, names, total in ((0, site.writes, site.out_features), (1, site.reads, site.in_features)):
+            if not set(names) & set(channels):
+                continue
+            parts, start = [], 0
+            known = sum(layout.axes[name].size for name in names if name)
+            for name in names:
+                size = layout.axes[name].size if name else total - known
+                inside = channels[name] if name in channels else torch.arange(size)
+                parts.append(start + inside)
+                start += size
+            yield site, dim, torch.cat(parts)
+
+
+def narrow(model: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]]) -> None:
+    """Keep only the units `kept` of each named axis, in place, as `cut_units` does for one axis. Works on meta models.
+
+    Raises E205 for an axis that cannot be cut, KeyError for one that is not there.
+    """
+    for name, units in kept.items():
+        _check_units(layout.axes[name], units, every=False)
+    for site, dim, index in narrow_index(layout, kept):
+        _select(_linear(model, site), dim, index)
+    axes = dict(layout.axes)
+    for name, units in kept.items():
+        axes[name] = replace(axes[name], size=len(units) * axes[name].unit_size)
+    after = replace(layout, axes=axes)
+    for name, units in kept.items():
+        _update_widths(model, axes[name], after, len(units))
+
+
 class SplitFeedForward(nn.Module):
     """Experts that all fire: their sum and one shared bias are the dense feed-forward.
 
@@ -256,3 +294,34 @@ class _Rooted(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         return self.module.get_submodule(target[len(self.path) + 1 :])
+
+
+# --- whole blocks ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_blocks(model: nn.Module, depth: Depth, removed: Collection[str]) -> Iterator[nn.Module]:
+    """The running model as it is without the blocks `removed`: its lists and its configuration are exchanged inside and
+    put back afterwards; no weight is copied."""
+    config = dict(model.config)  # type: ignore[arg-type]
+    named = {**config, "_class_name": config.get("_class_name") or type(model).__name__}
+    shorter = shortened(named, depth, removed)
+    changed = {key: value for key, value in shorter.items() if key in config and config[key] != value}
+    lists = {owner: getattr(model, owner) for owner in depth.lists}
+    gone = set(removed)
+    try:
+        for owner, blocks in lists.items():
+            kept = [block for number, block in enumerate(blocks) if f"{owner}.{number}" not in gone]
+            setattr(model, owner, nn.ModuleList(kept))
+        model.register_to_config(**changed)  # type: ignore[operator]
+        yield model
+    finally:
+        for owner, blocks in lists.items():
+            setattr(model, owner, blocks)
+        model.register_to_config(**{key: config[key] for key in changed})  # type: ignore[operator]
+
+
+def remove_blocks(model: nn.Module, depth: Depth, removed: Collection[str]) -> nn.Module:
+    """A copy of `model` without the blocks `removed`, renumbered; `model` is not changed."""
+    with without_blocks(model, depth, removed):
+        return copy.deepcopy(model)

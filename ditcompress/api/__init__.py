@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
+from .depth import PruneResult, prune, sensitivity
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
 from .q_sched import q_sched
 from .runs import compare, sample
 
 __all__ = [
+    "PruneResult",
     "QuantizeResult",
     "calibrate",
     "calibration_plan",
@@ -21,9 +23,11 @@ __all__ = [
     "export",
     "inspect",
     "parse_margins",
+    "prune",
     "q_sched",
     "quantize",
     "quantize_facts",
     "report",
     "sample",
+    "sensitivity",
 ]

@@ -173,6 +173,10 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
         journal = None
+        shapes = (checkpoint.quantization or {}).get("shapes")
+        if recipe.backend == "bitsandbytes" and shapes:
+            what = "its layers are narrower than a configuration of bitsandbytes can say"
+            raise DitcompressError("E205", path, what, "choose a recipe of another backend")
         if recipe.backend == "bitsandbytes":
             meta = open_model(path, allow_compressed=False)[1]
             outcome, config = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, job.reporter)
@@ -195,7 +199,7 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
                 Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
                 seed=job.seed, journal=journal, reporter=job.reporter,
             )  # fmt: skip
-            config = engine.quantization_config(recipe.name, outcome)
+            config = engine.quantization_config(recipe.name, outcome) | ({"shapes": shapes} if shapes else {})
         files = writer.finish()
         checkpoint.verify_unchanged()
         size = sum(f.stat().st_size for f in files)
@@ -219,7 +223,7 @@ def _describe(
     if checkpoint.pipeline:
         copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
     elif checkpoint.scheduler_folder:
-        _copy_scheduler(checkpoint.scheduler_folder, partial)
+        copy_scheduler(checkpoint.scheduler_folder, partial)
     card = quantized_card(
         f"{name}-{recipe.name}", name, checkpoint.class_name, recipe.to_json(), outcome.records,
         checkpoint.total_bytes, size, checkpoint.pipeline is not None,
@@ -240,7 +244,7 @@ def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     return plan
 
 
-def _copy_scheduler(folder: Path, partial: Path) -> None:
+def copy_scheduler(folder: Path, partial: Path) -> None:
     target = partial / "scheduler"
     target.mkdir(exist_ok=True)
     (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())

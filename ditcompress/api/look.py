@@ -11,8 +11,8 @@ from ..checkpoint.writer import output_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..exporters import registry as exporters
-from ..loading import meta_model, open_model
-from ..models import account, adapter_for, build_meta
+from ..loading import meta_model, open_model, plain_model
+from ..models import account, adapter_for
 from ..registry import nearest
 from ..runtime.linear import PackedLinear
 from .calibration import pick_dtype
@@ -22,7 +22,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Architecture, blocks, roles, bytes and bits of a checkpoint, from its headers. The roles cover every tensor."""
     checkpoint, model = open_model(path)
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    empty = build_meta(plain)
+    empty = plain_model(checkpoint.config)
     adapter = adapter_for(plain)
     layout = adapter.layout(empty)
     blocks: dict[str, int] = {}
@@ -136,20 +136,22 @@ def explain(name: str) -> dict[str, Any]:
     E201 for a name that nothing has."""
     from ..evaluation import distribution, external, extractors, layouts, metrics
     from ..formats.base import registry as formats
+    from ..pruning.base import registry as prunings
     from ..quantization.base import registry as steps
 
     kinds = {
-        "steps": steps, "formats": formats, "metrics": metrics.registry, "distributions": distribution.registry,
-        "external": external.registry, "extractors": extractors.registry, "layouts": layouts.registry,
-        "exporters": exporters,
+        "steps": steps, "pruning methods": prunings, "formats": formats, "metrics": metrics.registry,
+        "distributions": distribution.registry, "external": external.registry, "extractors": extractors.registry,
+        "layouts": layouts.registry, "exporters": exporters,
     }  # fmt: skip
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}
         return {"kind": name, "names": rows}
+    asked, name = name, name if any(name in r.names() for r in kinds.values()) else name.replace("-", "_")
     registry = next((r for r in kinds.values() if name in r.names()), None)
     if registry is None:
         known = [*kinds, *(n for r in kinds.values() for n in r.names())]
-        raise DitcompressError("E201", name, "is no step, format, metric or extractor", nearest(name, known))
+        raise DitcompressError("E201", asked, "is no step, format, metric or extractor", nearest(asked, known))
     module = registry.get(name)
     params = getattr(module, "Params", None)
     return {

@@ -1,14 +1,18 @@
-"""The scheduler that drives a checkpoint: its own, a given one, or its family's usual one, said aloud."""
+"""The scheduler that drives a checkpoint: its own, a given one, or its family's usual one, said aloud; and how strongly
+each of its steps uses the prediction."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import diffusers
+import numpy as np
+import torch
 
 from ..console import Reporter
 from ..errors import DitcompressError
@@ -43,3 +47,41 @@ def load_scheduler(config: Mapping[str, Any], folder: Path | None, adapter: Modu
         return getattr(diffusers, name).from_config(fields)
     except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:
         raise DitcompressError("E332", path, f"does not build ({error})", "restore the original file") from None
+
+
+def sampler_weights(
+    scheduler: Any, steps: int, ready: Callable[[], Any] | None = None
+) -> tuple[list[float], np.ndarray]:
+    """Timesteps, and for each step the squared change of the next latent for a unit change of the prediction.
+
+    Measured on the scheduler itself with scalar latents, so it holds for every diffusers scheduler. `ready` gives a
+    fresh copy with its timesteps set, where more than their number is needed for that.
+    """
+
+    def plain() -> Any:
+        fresh = copy.deepcopy(scheduler)
+        fresh.set_timesteps(steps)
+        return fresh
+
+    ready = ready or plain
+    weights, times = [], []
+    probe = torch.zeros(1, 1, 1, 1)
+    base = ready()
+    count = len(base.timesteps)
+    for index in range(count):
+        moved = []
+        for value in (0.0, 1e-2):
+            trial = ready()
+            if hasattr(trial, "_step_index"):
+                trial._step_index = index if trial.step_index is None else trial.step_index
+            generator = torch.Generator().manual_seed(0)
+            try:
+                out = trial.step(probe + value, trial.timesteps[index], probe, generator=generator, return_dict=False)[
+                    0
+                ]
+            except TypeError:
+                out = trial.step(probe + value, trial.timesteps[index], probe, return_dict=False)[0]
+            moved.append(out.flatten()[0].item())
+        times.append(float(base.timesteps[index]))
+        weights.append(((moved[1] - moved[0]) / 1e-2) ** 2)
+    return times, np.array(weights)

@@ -200,7 +200,8 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
     if checkpoint.quantization is not None:
         fields: Any = checkpoint.quantization
         method = fields.get("quant_method") if isinstance(fields, dict) else None
-        if not _readable(fields, method) or not allow_compressed:
+        narrow = method == "ditcompress" and bool(fields.get("shapes")) and not fields.get("layers")
+        if not _readable(fields, method) or not (allow_compressed or narrow):  # narrower layers are plain weights
             what = f"this model is already quantized by {printable(method or 'an unnamed method', 40)}"
             raise DitcompressError("E322", f"{label(checkpoint.folder)}: quantization_config", what, ORIGINAL)
         return

@@ -1,4 +1,5 @@
-"""inspect: what a checkpoint is made of, and what was done to it; reads headers, never weights."""
+"""inspect: what a checkpoint is made of, and what was done to it; reads headers, never weights, unless
+`--sensitivity` asks how much each block matters."""
 
 from __future__ import annotations
 
@@ -9,11 +10,16 @@ import typer
 from ..console import print_table, print_text, size
 from . import common
 from .common import Checkpoint, Debug, Device, Dtype, Json, Quiet, Seed
+from .prune import Method, show_sensitivity
 
 
 def inspect(
     checkpoint: Checkpoint,
     layers: Annotated[bool, typer.Option("--layers", help="List every linear, not only the roles.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Run the model: how much each block matters, over timesteps.")
+    ] = False,
+    method: Method = "shortgpt",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -25,6 +31,13 @@ def inspect(
     with common.command(as_json, debug):
         from .. import api
 
+        if sensitivity:
+            found = api.sensitivity(
+                checkpoint, method=method, seed=seed, device=device, dtype=dtype,
+                reporter=common.reporter(quiet, as_json),
+            )  # fmt: skip
+            common.emit(as_json, found, lambda: show_sensitivity(found))
+            return
         facts = api.inspect(checkpoint)
         common.emit(as_json, facts, lambda: _show(facts, layers))
 

@@ -6,16 +6,17 @@ curve is always reported, and the mean is weighted by how strongly the sampler u
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calibration.trajectory import StepRecord
+from ..calibration.schedulers import sampler_weights
+from ..calibration.trajectory import StepRecord, prepare
 from ..console import Reporter
 from ..measures import ratio_db
 from ..result import Measurement
@@ -41,36 +42,6 @@ class Probe:
     shifted: np.ndarray
 
 
-def sampler_weights(scheduler: Any, steps: int) -> tuple[list[float], np.ndarray]:
-    """Timesteps, and for each step the squared change of the next latent for a unit change of the prediction.
-
-    Measured on the scheduler itself with scalar latents, so it holds for every diffusers scheduler.
-    """
-    weights, times = [], []
-    probe = torch.zeros(1, 1, 1, 1)
-    base = copy.deepcopy(scheduler)
-    base.set_timesteps(steps)
-    count = len(base.timesteps)
-    for index in range(count):
-        moved = []
-        for value in (0.0, 1e-2):
-            trial = copy.deepcopy(scheduler)
-            trial.set_timesteps(steps)
-            if hasattr(trial, "_step_index"):
-                trial._step_index = index if trial.step_index is None else trial.step_index
-            generator = torch.Generator().manual_seed(0)
-            try:
-                out = trial.step(probe + value, trial.timesteps[index], probe, generator=generator, return_dict=False)[
-                    0
-                ]
-            except TypeError:
-                out = trial.step(probe + value, trial.timesteps[index], probe, return_dict=False)[0]
-            moved.append(out.flatten()[0].item())
-        times.append(float(base.timesteps[index]))
-        weights.append(((moved[1] - moved[0]) / 1e-2) ** 2)
-    return times, np.array(weights)
-
-
 def probed_steps(total: int, wanted: int) -> list[int]:
     """`wanted` step indices spread over the trajectory, first and last included."""
     return sorted({round(i) for i in np.linspace(0, total - 1, min(wanted, total))})
@@ -79,7 +50,8 @@ def probed_steps(total: int, wanted: int) -> list[int]:
 def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
     """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch."""
     settings = subject.settings
-    times, weights = sampler_weights(subject.scheduler, settings.steps)
+    ready = partial(prepare, subject.scheduler, settings.steps, subject.adapter, subject.config)
+    times, weights = sampler_weights(subject.scheduler, settings.steps, ready)
     chosen = probed_steps(len(times), settings.timesteps)
     images = max(1, math.ceil(settings.inputs / len(chosen)))
     branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])

@@ -46,6 +46,9 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
+    if config and config.shapes:
+        what = "has layers of widths that no plain config.json can say"
+        raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
     for name in layers:
         if _packed(model, name).scheme.output_norm:

@@ -13,8 +13,24 @@ from typing import Any
 from ..registry import Registry
 from ._account import Entry, account
 from ._config import build_meta, class_of, known_classes, with_defaults
+from ._depth import Depth, Unit, depth_of, renamed, renumbered, shortened
 
-__all__ = ["Entry", "account", "adapter_for", "build_meta", "class_of", "known_classes", "registry", "with_defaults"]
+__all__ = [
+    "Depth",
+    "Entry",
+    "Unit",
+    "account",
+    "adapter_for",
+    "build_meta",
+    "class_of",
+    "depth_of",
+    "known_classes",
+    "registry",
+    "renamed",
+    "renumbered",
+    "shortened",
+    "with_defaults",
+]
 
 registry = Registry(
     "ditcompress.models",

@@ -54,6 +54,16 @@ def quantized_card(
     )  # fmt: skip
 
 
+def pruned_card(
+    original: str, class_name: str, facts: Mapping[str, Any], original_bytes: int, stored_bytes: int, pipeline: bool
+) -> str:
+    """Of a checkpoint with fewer blocks; `facts` are those of its prune.json."""
+    return _render(
+        "pruned.md", original=original, class_name=class_name, facts=facts, original_bytes=original_bytes,
+        stored_bytes=stored_bytes, pipeline=pipeline,
+    )  # fmt: skip
+
+
 def evaluated_card(result: Mapping[str, Any]) -> str:
     """Of an evaluation: the verdict and the main figures with intervals, as a model index."""
     rows = [m for m in result["measurements"] if m["name"] in ROWS or m["gate"]]

@@ -1,0 +1,274 @@
+"""prune: a checkpoint with fewer blocks that stock diffusers loads as it is; sensitivity: how much blocks matter."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibration.collect import CalibrationSettings
+from ..calibration.schedulers import load_scheduler
+from ..checkpoint.reader import Checkpoint, check_finite, check_tensors, open_checkpoint
+from ..checkpoint.source import ModuleSource
+from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+from ..loading import expected_shapes, load_model, meta_model, open_model
+from ..measures import ratio_db
+from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
+from ..pruning import (
+    MEASURES,
+    Choice,
+    Context,
+    Probe,
+    ProbeParams,
+    Scores,
+    check_target,
+    choose,
+    method,
+    operations,
+    parameters,
+    record_probes,
+    registry,
+    seconds,
+    unit_costs,
+)  # fmt: skip
+from ..recipe import read_yaml
+from ..report.card import pruned_card
+from ..structure import remove_blocks
+from .calibration import conditions_for, pick_device, pick_dtype
+from .compress import copy_scheduler
+from .width import Cut, Width, check_ratio, cut_of, narrowed_model
+
+SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory), the choice,
+    and the facts that prune.json holds."""
+
+    path: Path | None
+    model: nn.Module | None
+    choice: Choice
+    facts: dict[str, Any]
+
+
+def prune(
+    model_or_path: nn.Module | str | Path,
+    ratio: float | None = None,
+    out: str | Path | None = None,
+    *,
+    by: str = "params",
+    method: str = "oracle-greedy",
+    width_ratio: float | None = None,
+    width_units: str = "both",
+    overrides: Sequence[str] = (),
+    conditions: str | Path | None = None,
+    scheduler: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    reporter: Reporter | None = None,
+) -> PruneResult:
+    """Remove whole blocks, by `method`, that hold `ratio` of all blocks' parameters (or operations, or seconds).
+
+    The number of blocks is the one nearest to the ratio, so a small ratio may remove none. `width_ratio` also removes
+    that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of every block
+    that is left, by magnitude; what no plain config.json can say then needs `import ditcompress` to load. A path gives
+    the folder `out`, a model in memory a new model. Raises E201 and E203 for bad options, E205 for what cannot go.
+    """
+    reporter = reporter or Silent()
+    job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
+    width = Width.of(ratio, width_ratio, width_units)
+    if isinstance(model_or_path, nn.Module):
+        return _prune_module(model_or_path, job, width)
+    path = Path(model_or_path)
+    opened, _ = open_model(path, allow_compressed=False)
+    if opened.quantization is not None:
+        raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+    if dry_run:
+        checkpoint, context, choice = job.run(path, device, dtype)
+        cut, _ = _cut(checkpoint, context.depth, choice, width)
+        return PruneResult(None, None, choice, job.facts(context, choice) | cut.facts)
+    target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-pruned")
+    with output_folder(
+        target, overwrite=overwrite, inputs=[path], planned_bytes=opened.total_bytes,
+        manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
+                  "input": {"fingerprint": opened.fingerprint}},
+    ) as partial:  # fmt: skip
+        checkpoint, context, choice = job.run(path, device, dtype)
+        facts = job.facts(context, choice)
+        facts = _write(checkpoint, partial, context.depth, choice, facts, width, max_shard_bytes)
+        checkpoint.verify_unchanged()
+    return PruneResult(target, None, choice, facts)
+
+
+def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
+    """A pruned copy of a model in memory; the original is not changed."""
+    context, choice = job.choice(model, ModuleSource(model))
+    pruned = remove_blocks(model, context.depth, choice.blocks).eval()
+    return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
+
+
+def sensitivity(
+    path: str | Path, *, method: str = "shortgpt", overrides: Sequence[str] = (), seed: int = 0, device: str = "auto",
+    dtype: str = "float32", reporter: Reporter | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Importance of every unit of blocks by a pruning method, over timesteps where the method sees them."""
+    steps = SENSITIVITY_STEPS if "probes" in registry.get(method.replace("-", "_")).NEEDS else ()
+    job = _Job(0.5, "params", method, (*steps, *overrides), None, None, seed, reporter or Silent())
+    model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+    context, _ = job.context(model, checkpoint, check=False)
+    found = job.module.scores(context, job.params)
+    return {
+        "method": method,
+        "timesteps": list(found.timesteps),
+        "blocks": [
+            {"block": n, "score": found.values[n], "by_timestep": list(found.by_timestep.get(n, ()))}
+            for n in context.names
+        ],
+        "fixed": dict(context.depth.fixed),
+    }
+
+
+class _Job:
+    """The options of one run, checked before any model is read."""
+
+    def __init__(
+        self, ratio: float | None, by: str, name: str, overrides: tuple[str, ...], conditions: str | Path | None,
+        scheduler: str | Path | None, seed: int, reporter: Reporter,
+    ) -> None:  # fmt: skip
+        check_ratio("--ratio", ratio)
+        if by not in MEASURES:
+            raise DitcompressError("E203", f"--by {by}", "is not known", f"use {', '.join(MEASURES)}")
+        self.module, self.params = method(name, _settings(overrides))
+        self.ratio, self.by, self.name = ratio, by, name.replace("_", "-")
+        self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
+
+    def settings(self) -> dict[str, Any]:
+        return {"method": self.name, "ratio": self.ratio, "by": self.by, "params": self.params.model_dump()}
+
+    def run(self, path: Path, device: str, dtype: str) -> tuple[Checkpoint, Context, Choice]:
+        model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+        check_finite(checkpoint, self.reporter)
+        return checkpoint, *self.choice(model, checkpoint)
+
+    def choice(self, model: nn.Module, source: Any) -> tuple[Context, Choice]:
+        """What goes, and what that was decided on; nothing without a ratio."""
+        if self.ratio is None:
+            adapter = adapter_for(source.config)
+            layout = adapter.layout(model)
+            depth = Depth((), {}, {}, depth_of(source.config, layout).lists)
+            return Context(model, adapter, layout, depth, {}, 0.0), Choice((), (), Scores({}), 0.0, None)
+        context, total = self.context(model, source)
+        return context, choose(context, self.module, self.params, total)
+
+    def context(self, model: nn.Module, source: Any, check: bool = True) -> tuple[Context, float]:
+        """What the method looks at, and the cost of all blocks. Nothing is run where neither method nor measure asks
+        for it."""
+        adapter = adapter_for(source.config)
+        layout = adapter.layout(model)
+        depth = depth_of(source.config, layout)
+        context = Context(model, adapter, layout, depth, {}, 0.0, (), self.seed, self.reporter)
+        by_block = parameters(model, layout)
+        context.costs = unit_costs(depth, by_block)
+        ratio = self.ratio or 0.0
+        context.target = ratio * sum(by_block.values())
+        if check and self.by == "params":  # refused before anything is run
+            check_target(context, ratio, sum(by_block.values()))
+        if "probes" in self.module.NEEDS or self.by != "params":
+            context.probes = self._probes(model, source, adapter)
+        if self.by != "params":
+            measure = operations if self.by == "flops" else seconds
+            by_block = measure(model, layout.blocks, lambda: context.predict(context.probes[0]))
+            context.costs = unit_costs(depth, by_block)
+            context.target = ratio * sum(by_block.values())
+            check_target(context, ratio, sum(by_block.values()))
+        return context, sum(by_block.values())
+
+    def _probes(self, model: nn.Module, source: Any, adapter: Any) -> list[Probe]:
+        params = self.params if isinstance(self.params, ProbeParams) else ProbeParams(samples=4)
+        folder = Path(self.scheduler) if self.scheduler else source.scheduler_folder
+        scheduler = load_scheduler(source.config, folder, adapter, self.reporter)
+        wanted = CalibrationSettings(samples=params.samples, seed=self.seed)
+        given = conditions_for(source, adapter, wanted, self.conditions, self.reporter)
+        return record_probes(model, adapter, source.config, scheduler, given, params, self.seed, self.reporter)
+
+    def facts(self, context: Context, choice: Choice) -> dict[str, Any]:
+        """What prune.json says: which blocks went, and each unit's score."""
+        scores, damage = choice.scores, choice.damage
+        new = renumbered(context.depth, choice.blocks)
+        return {
+            **self.settings(),
+            "seed": self.seed,
+            "removed": list(choice.blocks),
+            "order": list(choice.units),
+            "kept": [{"block": block, "was": old} for old, block in new.items()],
+            "saved": choice.saved,
+            "output_sqnr_db": None if damage is None or damage == 0 else ratio_db(damage),
+            "scores": {name: _finite(scores.values[name]) for name in context.names},
+            "timesteps": list(scores.timesteps),
+            "by_timestep": {name: [_finite(v) for v in row] for name, row in scores.by_timestep.items()},
+            "fixed": dict(context.depth.fixed),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts as parameters of a method."""
+    found = {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not key or not equals:
+            raise DitcompressError("E203", f"--set {text}", "is not key=value", "for example --set samples=8")
+        found[key] = read_yaml(raw, f"--set {key}")
+    return found
+
+
+def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> tuple[Cut, dict[str, str]]:
+    """What becomes of the tensors that stay, and their old name by the new one."""
+    config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
+    gone = tuple(f"{block}." for block in choice.blocks)
+    names = {renamed(name, new): name for name in checkpoint.tensors if not name.startswith(gone)}
+    return cut_of(config, width, lambda name: checkpoint.read(names[name])), names
+
+
+def _write(
+    checkpoint: Checkpoint, partial: Path, depth: Depth, choice: Choice, facts: dict[str, Any], width: Width,
+    max_shard_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The folder: tensors one by one under their new names, the shorter config.json, prune.json, the pipeline's other
+    parts; then the names and shapes are checked against the model that will be built of it. Returns all facts."""
+    component = checkpoint.component if checkpoint.pipeline else ""
+    folder = partial / component
+    folder.mkdir(exist_ok=True)
+    cut, names = _cut(checkpoint, depth, choice, width)
+    facts = facts | cut.facts
+    writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
+    for name in sorted(names):
+        writer.add(name, cut.apply(name, checkpoint.read(names[name])))
+    files = writer.finish()
+    (folder / "config.json").write_text(json.dumps(cut.config, indent=2, sort_keys=True) + "\n")
+    check_tensors(open_checkpoint(folder), expected_shapes(meta_model(cut.config)))
+    (folder / "prune.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, partial, component)
+    elif checkpoint.scheduler_folder:
+        copy_scheduler(checkpoint.scheduler_folder, partial)
+    size = sum(file.stat().st_size for file in files)
+    card = pruned_card(checkpoint.path.name, checkpoint.class_name, facts, checkpoint.total_bytes, size,
+                       checkpoint.pipeline is not None)  # fmt: skip
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    return facts

@@ -1,0 +1,102 @@
+"""prune: fewer blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import print_table, print_text
+from . import common
+from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
+
+if TYPE_CHECKING:
+    from ..api import PruneResult
+
+Method = Annotated[str, typer.Option("--method", "-m", help="How blocks are chosen; `explain NAME` says more.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the method: key=value (repeatable).")]
+
+
+def prune(
+    checkpoint: Checkpoint,
+    ratio: Annotated[float | None, typer.Option(help="Share of all blocks' cost to remove, between 0 and 1.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-pruned beside it).")
+    ] = None,
+    by: Annotated[str, typer.Option(help="The cost: params, flops or latency.")] = "params",
+    method: Method = "oracle-greedy",
+    width_ratio: Annotated[
+        float | None, typer.Option(help="Share of the neurons and heads of every block to remove, by magnitude.")
+    ] = None,
+    width_units: Annotated[str, typer.Option(help="What is narrowed: both, neurons or heads.")] = "both",
+    set_: Set = None,
+    conditions: Conditions = None,
+    scheduler: Scheduler = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Remove whole blocks. Stock diffusers loads the result, without this package; nothing is trained.
+
+    Methods: random, magnitude, taylor, shortgpt, sana-bi, flux-lite, laptop-diff, oracle-greedy.
+    """
+    with common.command(as_json, debug):
+        from .. import api
+
+        result = api.prune(
+            checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
+            overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype,
+            overwrite=overwrite, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
+        )  # fmt: skip
+        path = None if result.path is None else str(result.path)
+        common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))
+
+
+def _show(result: PruneResult) -> None:
+    facts = result.facts
+    rows = [[n, _value(s), "removed" if n in facts["order"] else "kept"] for n, s in facts["scores"].items()]
+    rows += [[block, "", f"kept: {why}"] for block, why in facts["fixed"].items()]
+    if facts["ratio"] is not None:
+        print_table(f"blocks by {facts['method']} (higher = keep)", ["block", "score", ""], rows)
+        share = f"{100 * facts['saved']:.1f} % of the blocks' {facts['by']}"
+        told = "" if facts["output_sqnr_db"] is None else f", SQNR of the prediction {facts['output_sqnr_db']:.2f} dB"
+        print_text(f"{len(facts['removed'])} blocks removed, {share}{told}")
+    if facts["width"]:
+        alike: dict[tuple[str, str], int] = {}
+        for name, row in facts["width"]["axes"].items():
+            key = (name.rpartition(".")[2], f"{row['kept']} of {row['of']}")
+            alike[key] = alike.get(key, 0) + 1
+        print_table("narrowed", ["units", "kept", "axes"], [[*key, count] for key, count in alike.items()])
+    loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
+    print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
+
+
+def _value(score: float | None) -> str:
+    return "" if score is None else f"{score:.4g}"
+
+
+def _short(block: str) -> str:
+    """transformer_blocks.3 as 3, single_transformer_blocks.3 as single 3: a row has to fit a terminal."""
+    owner, _, number = block.rpartition(".")
+    return f"{owner.removesuffix('blocks').removesuffix('_').removesuffix('transformer').strip('_')} {number}".strip()
+
+
+def show_sensitivity(facts: dict[str, Any]) -> None:
+    """Importance of each block, and over timesteps in per cent of the most important block there."""
+    table = [row["by_timestep"] for row in facts["blocks"]]
+    most = [max(column) or 1.0 for column in zip(*table, strict=True)]
+    rows: list[list[object]] = []
+    for row in facts["blocks"]:
+        shares = [f"{100 * v / m:.0f}" for v, m in zip(row["by_timestep"], most, strict=False)]
+        rows.append([_short(row["block"]), _value(row["score"]), *shares])
+    columns = ["block", "mean", *(f"{time:.0f}" for time in facts["timesteps"])]
+    note = ", at each timestep in % of the largest" if facts["timesteps"] else ""
+    print_table(f"sensitivity by {facts['method']} (higher = keep){note}", columns, rows)
+    for why in sorted(set(facts["fixed"].values())):
+        print_text(f"cannot go: {', '.join(b for b, w in facts['fixed'].items() if w == why)} ({why})")

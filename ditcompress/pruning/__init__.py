@@ -1,0 +1,67 @@
+"""Depth pruning: which blocks a model can do without. One file a method; `choose` runs one and checks what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ..errors import DitcompressError
+from ._costs import MEASURES, operations, parameters, seconds, unit_costs
+from ._probes import record_probes
+from ._width import UNITS, cut_axes, kept_units, narrowed_config
+from .base import Context, Probe, ProbeParams, Scores, lowest_first, method, registry
+
+__all__ = [
+    "MEASURES", "UNITS", "Choice", "Context", "Probe", "ProbeParams", "Scores", "check_target", "choose", "cut_axes",
+    "kept_units", "method", "narrowed_config", "operations", "parameters", "record_probes", "registry", "seconds",
+    "unit_costs",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`units` in the order in which the method gave them up, their `blocks` in forward order, every unit's scores, and
+    the share of all blocks' cost that goes. `damage`: share of the prediction's energy that is wrong afterwards,
+    weighted as the sampler uses it, or None where the model was not run."""
+
+    units: tuple[str, ...]
+    blocks: tuple[str, ...]
+    scores: Scores
+    saved: float
+    damage: float | None
+
+
+def check_target(context: Context, ratio: float, total: float) -> None:
+    """E203 where even all units that may go save less than asked; E205 where none may go."""
+    if not context.names:
+        why = next(iter(context.depth.fixed.values()), "it has no blocks")
+        raise DitcompressError("E205", type(context.model).__name__, f"no block can go: {why}", "quantize it instead")
+    most: list[str] = []
+    while left := list(context.removable(most)):
+        most.append(left[0])
+    if not context.enough(most):
+        what = f"leaves no block; at most {context.saved(most) / total:.3f} can go"
+        raise DitcompressError("E203", f"--ratio {ratio:g}", what, "give a smaller ratio")
+
+
+def choose(context: Context, module: ModuleType, params: Any, total: float) -> Choice:
+    """Run a method. `total` is the cost of all blocks. E203 where its own rules keep too much for the target."""
+    scores: Scores = module.scores(context, params)
+    picked: Sequence[str] = module.select(context, params, scores) if hasattr(module, "select") else ()
+    if not hasattr(module, "select"):
+        picked = lowest_first(context, scores)
+    _check(context, module, picked)
+    blocks = context.depth.of(picked)
+    damage = context.damage(picked) if context.probes else None
+    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage)
+
+
+def _check(context: Context, module: ModuleType, picked: Sequence[str]) -> None:
+    name = module.__name__.rpartition(".")[2]
+    if len(set(picked)) != len(picked) or not set(picked) <= set(context.names):
+        raise TypeError(f"{name} must select every unit at most once, and known ones only")
+    if not context.enough(picked):
+        what = "keeps so many blocks that the ratio cannot be reached"
+        raise DitcompressError("E203", f"--method {name}", what, "give a smaller ratio or another method")

@@ -1,0 +1,202 @@
+"""What a depth-pruning method is: one file that says how much each removable unit of blocks matters.
+
+A method module exports `Params`, `NEEDS` (("probes",) where it must run the model, else ()) and
+
+    scores(context, params) -> Scores            importance of each unit, higher = keep
+    select(context, params, scores) -> units     optional: which units go, where it is more than the lowest scores
+
+Terms: a unit is one block, or several that can only go together (models/_depth.py). Its `cost` is what its removal
+saves: parameters, floating-point operations or seconds. `context.target` is the cost that has to go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..calibration.sensitivity import frozen
+from ..console import Reporter, Silent
+from ..errors import DitcompressError
+from ..formats.base import StrictParams
+from ..models import Depth
+from ..models.base import Layout
+from ..registry import Registry, nearest
+from ..structure import without_blocks
+
+registry = Registry("ditcompress.pruning", "pruning method", ("Params", "NEEDS", "scores"))
+
+__all__ = ["Context", "Probe", "ProbeParams", "Scores", "StrictParams", "lowest_first", "method", "registry"]
+
+
+class ProbeParams(StrictParams):
+    """Where a method looks at the model: `timesteps` of `steps` sampler steps (0: all) of `samples` trajectories, run
+    `batch` at a time; `guidance` None is the family's own. A few trajectories at every step rank blocks better than
+    many at a few steps: on the embedded model only the former finds the best set."""
+
+    samples: int = Field(8, ge=1, le=100_000)
+    steps: int = Field(25, ge=1, le=1000)
+    timesteps: int = Field(0, ge=0, le=1000)
+    batch: int = Field(16, ge=1)
+    guidance: float | None = Field(None, ge=0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One batch at one step of the model's own trajectories, both guidance branches: `latents` (n, ...), `timestep`
+    (n,), `cond` by argument; `weight` is the squared influence of its prediction on the next latent, and that of the
+    skipped steps nearest to it."""
+
+    step: int
+    latents: Tensor
+    timestep: Tensor
+    cond: Mapping[str, Tensor]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance by unit, higher = keep. `by_timestep`: one value for each of `timesteps`; `keep`: units that the
+    method never gives up."""
+
+    values: Mapping[str, float]
+    by_timestep: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    timesteps: Sequence[float] = ()
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass
+class Context:
+    """Everything a method may look at. The model is never changed for good."""
+
+    model: nn.Module
+    adapter: ModuleType
+    layout: Layout
+    depth: Depth
+    costs: Mapping[str, float]
+    target: float
+    probes: Sequence[Probe] = ()
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+    _outputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Every unit, in forward order."""
+        return [unit.name for unit in self.depth.units]
+
+    def blocks(self, unit: str) -> tuple[str, ...]:
+        return self.depth.of([unit])
+
+    def predict(self, probe: Probe) -> Tensor:
+        """The model's prediction for a probe, float32 (n, ...); differentiable where gradients are enabled."""
+        device = next(self.model.parameters()).device
+        return self.adapter.predict(self.model, probe.latents.to(device), probe.timestep.to(device), probe.cond).float()
+
+    def references(self) -> list[Tensor]:
+        """The whole model's prediction for every probe, on the CPU; computed once."""
+        if not self._outputs:
+            with torch.no_grad():
+                self._outputs = [self.predict(probe).cpu() for probe in self.probes]
+        return self._outputs
+
+    def errors(self, units: Collection[str]) -> tuple[list[float], list[float]]:
+        """Squared error and squared norm of the prediction without `units`, one of each for every probe."""
+        noise, signal = [], []
+        references = self.references()
+        with torch.no_grad(), without_blocks(self.model, self.depth, self.depth.of(units)):
+            for probe, reference in zip(self.probes, references, strict=True):
+                change = self.predict(probe).cpu().double() - reference.double()
+                noise.append(float(change.square().sum()))
+                signal.append(float(reference.double().square().sum()))
+        if not all(map(math.isfinite, noise)):
+            raise DitcompressError(
+                "E701", next(iter(units), "model"), "its output is not finite", "use --dtype float32"
+            )
+        return noise, signal
+
+    def damage(self, units: Collection[str]) -> float:
+        """Share of the prediction's energy that is wrong without `units`, weighted as the sampler uses the steps."""
+        noise, signal = self.errors(units)
+        weights = [probe.weight for probe in self.probes]
+        if not any(weights):
+            weights = [1.0] * len(weights)
+        total = sum(w * s for w, s in zip(weights, signal, strict=True))
+        return sum(w * n for w, n in zip(weights, noise, strict=True)) / max(total, 1e-300)
+
+    def times(self) -> list[float]:
+        """The probed timesteps in sampling order."""
+        return [float(t) for t in dict.fromkeys(float(probe.timestep[0]) for probe in self.probes)]
+
+    def average(self, table: Mapping[str, Sequence[float]]) -> Scores:
+        """Scores from one value of each block for every probe: averaged over the probes of a timestep, then over
+        timesteps; a unit of several blocks gets their sum."""
+        times = self.times()
+        places = [times.index(float(probe.timestep[0])) for probe in self.probes]
+        curves = {}
+        for name in self.names:
+            rows: list[list[float]] = [[] for _ in times]
+            for place, *values in zip(places, *(table[block] for block in self.blocks(name)), strict=True):
+                rows[place].append(sum(values))
+            curves[name] = [sum(row) / len(row) for row in rows]
+        return Scores({n: sum(c) / max(len(c), 1) for n, c in curves.items()}, curves, times)
+
+    def still(self) -> Any:
+        """Parameters take no gradient inside."""
+        return frozen(self.model)
+
+    def removable(self, removed: Collection[str], keep: Collection[str] = ()) -> Iterator[str]:
+        """Units that may go next: not kept, not gone, and not the last of a list."""
+        gone = self.depth.of(removed)
+        left = {o: n - sum(b.rpartition(".")[0] == o for b in gone) for o, n in self.depth.lists.items()}
+        for name in self.names:
+            owners = [block.rpartition(".")[0] for block in self.blocks(name)]
+            empties = any(left[owner] <= owners.count(owner) for owner in owners)
+            if name not in removed and name not in keep and not empties:
+                yield name
+
+    def saved(self, units: Collection[str]) -> float:
+        return sum(self.costs[name] for name in units)
+
+    def enough(self, units: Collection[str]) -> bool:
+        """Whether the saved cost is as near to the target as whole units allow."""
+        return self.saved(units) >= self.target - min(self.costs.values(), default=0.0) / 2 * (1 + 1e-9)
+
+
+def lowest_first(context: Context, scores: Scores) -> list[str]:
+    """Units in the order of their score until enough is saved; one that would overshoot by more than half of its cost
+    is passed over. Ties go in forward order."""
+    removed: list[str] = []
+    while not context.enough(removed):
+        allowed = [
+            name
+            for name in context.removable(removed, scores.keep)
+            if context.saved(removed) + context.costs[name] / 2 <= context.target * (1 + 1e-9)
+        ]
+        if not allowed:
+            break
+        removed.append(min(allowed, key=lambda name: scores.values[name]))
+    return removed
+
+
+def method(name: str, settings: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+    """A method's module and its validated parameters; E201 for an unknown method, E203 for an unknown parameter."""
+    from pydantic import ValidationError
+
+    module = registry.get(name.replace("-", "_"))
+    try:
+        return module, module.Params(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        unknown = first["type"] == "extra_forbidden"
+        known = list(module.Params.model_fields) or ["none"]
+        remedy = nearest(key, known) if unknown else f"see `ditcompress explain {module.__name__.rpartition('.')[2]}`"
+        what = f"is no parameter of {name}" if unknown else first["msg"]
+        raise DitcompressError("E203", f"--set {key}", what, remedy) from None
