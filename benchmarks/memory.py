@@ -1,6 +1,6 @@
-"""Peak memory and time of weights-only quantization on a random-weight DiT-XL/2-size checkpoint (675 M parameters).
+"""Peak memory and time of quantization on a random-weight DiT-XL/2-size checkpoint (675 M parameters).
 
-    python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16]
+    python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16] [--set KEY=VALUE]
 
 The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
 and the operating system's account of that process is read afterwards (maximum resident set, wall time).
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ditcompress.checkpoint.writer import ShardWriter
 from ditcompress.models import build_meta
+from ditcompress.recipe import load_recipe
 
 CONFIG = {
     "_class_name": "DiTTransformer2DModel", "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
@@ -43,35 +45,37 @@ def write_random(folder: Path, dtype: torch.dtype, layers: int) -> int:
     return total
 
 
+def run(*arguments: str) -> tuple[dict[str, Any], float, float]:
+    """JSON, seconds and peak bytes of one command in a process of its own."""
+    started = time.time()
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen([sys.executable, "-m", "ditcompress", *arguments, "--json"], stdout=out)
+        _, status, usage = os.wait4(child.pid, 0)
+        out.seek(0)
+        if status:
+            sys.exit("the command failed")
+        return json.loads(out.read()), time.time() - started, usage.ru_maxrss * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="w4a16-rtn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
+    more = [part for value in options.set for part in ("--set", value)]
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "dit-xl", Path(scratch) / "out"
         folder.mkdir()
         total = write_random(folder, getattr(torch, options.dtype), options.layers)
-        started = time.time()
-        command = [
-            sys.executable,
-            "-m",
-            "ditcompress",
-            "quantize",
-            str(folder),
-            "-r",
-            options.recipe,
-            "-o",
-            str(out),
-            "--json",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds = time.time() - started
-        if done.returncode:
-            sys.exit(done.stderr)
-        facts = json.loads(done.stdout)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        if load_recipe(options.recipe).calibration is not None:  # few inputs: what follows costs the same with many
+            few = ["calibration.samples=1", "calibration.steps=2", "calibration.weighting=none"]
+            less = [part for value in few for part in ("--set", value)]
+            _, seconds, peak = run("calibrate", str(folder), "-r", options.recipe, "-o", f"{scratch}/stats", *less)
+            print(f"calibration       {seconds:.0f} s with one image and two steps, peak {peak / 1e9:.2f} GB")
+            more += ["--statistics", f"{scratch}/stats"]
+        facts, seconds, peak = run("quantize", str(folder), "-r", options.recipe, "-o", str(out), *more)
         print(f"parameters        {total / 1e6:.0f} M ({options.dtype})")
         print(f"recipe            {options.recipe}, {facts['bits_per_quantized_weight']:.3f} bits per quantized weight")
         print(f"bytes             {facts['original_bytes'] / 1e9:.3f} GB -> {facts['bytes'] / 1e9:.3f} GB")

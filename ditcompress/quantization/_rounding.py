@@ -94,29 +94,50 @@ def _visiting_order(diagonal: Tensor, width: int) -> Tensor:
 def descend(
     weight: Tensor, codes: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, sweeps: int
 ) -> Tensor:
-    """`sweeps` passes of cyclic coordinate descent over the columns (vectors); the objective never rises."""
+    """`sweeps` passes of cyclic coordinate descent over the columns (vectors); the objective never rises.
+
+    Inside a block of columns only the block's own gradient is kept up to date; the rest follows in one product.
+    """
     shape = (weight.shape[0], weight.shape[1])
     width = coded_together(fmt, params)
+    size = max(BLOCK // width * width, width)
     codes = codes.clone()
     error = weight.to(hessian.dtype) - fmt.value(codes, grid, params, shape)
+    gradient = error @ hessian if sweeps else error
     for _ in range(sweeps):
-        gradient = error @ hessian
         changed = False
-        for k in range(0, shape[1], width):
-            column = slice(k, min(k + width, shape[1]))
-            chosen = _best(weight[:, column] - error[:, column], gradient[:, column], hessian[column, column],
-                           (grid, fmt, params, shape, column))  # fmt: skip
-            moved = (chosen != codes[:, column]).any(1)
-            if not moved.any():
-                continue
-            changed = True
-            codes[:, column] = chosen
-            new_error = weight[:, column] - fmt.value(chosen, grid, params, shape, column)
-            gradient += (new_error - error[:, column]) @ hessian[column]
-            error[:, column] = new_error.to(error.dtype)
+        for start in range(0, shape[1], size):
+            block = slice(start, min(start + size, shape[1]))
+            before = error[:, block].clone()
+            if _descend_block(weight, codes, error, gradient, hessian, block, (grid, fmt, params, shape)):
+                gradient += (error[:, block] - before) @ hessian[block]
+                changed = True
         if not changed:
             break
     return codes
+
+
+def _descend_block(
+    weight: Tensor, codes: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor, block: slice,
+    target: tuple[Any, ModuleType, Any, tuple[int, int]],
+) -> bool:  # fmt: skip
+    """One pass over the columns of a block; changes `codes` and `error` there, and says whether any code moved."""
+    grid, fmt, params, shape = target
+    width, changed = coded_together(fmt, params), False
+    local, corner = gradient[:, block].clone(), hessian[block, block]
+    for k in range(block.start, block.stop, width):
+        column = slice(k, min(k + width, block.stop))
+        inner = slice(k - block.start, column.stop - block.start)
+        chosen = _best(weight[:, column] - error[:, column], local[:, inner], corner[inner, inner],
+                       (grid, fmt, params, shape, column))  # fmt: skip
+        if torch.equal(chosen, codes[:, column]):
+            continue
+        changed = True
+        codes[:, column] = chosen
+        new_error = (weight[:, column] - fmt.value(chosen, grid, params, shape, column)).to(error.dtype)
+        local += (new_error - error[:, column]) @ corner[inner]
+        error[:, column] = new_error
+    return changed
 
 
 def _best(

@@ -27,17 +27,21 @@ LOW_RANK = True
 class Params(StrictParams):
     """`damp`: added to the diagonal, as a fraction of its mean; `sweeps`: passes of coordinate descent;
     `refit`: rounds of fitting scales or codebooks to the codes, each followed by `sweeps` passes (ours);
-    `rank_rounds`: times that a weight is rounded again without its low-rank part."""
+    `rank_rounds`: times that a weight is rounded again without its low-rank part; weights with
+    more than `large` values get one pass of descent at most and no refit, so that wide models take minutes."""
 
     damp: float = Field(0.01, gt=0, le=10)
     sweeps: int = Field(0, ge=0, le=100)
     refit: int = Field(0, ge=0, le=100)
     rank_rounds: int = Field(1, ge=0, le=100)
+    large: int = Field(1_000_000, ge=0)
 
 
 def encode(layer: Layer, params: Params) -> Encoded:
     weight, gram = layer.effective_weight().float(), layer.gram()
     hessian = damped(gram, params.damp, layer.name)
+    if weight.numel() > params.large:  # damping bounds the condition number; the factorisations take half the time
+        hessian = hessian.float()
     codes, grid = rounded(weight, hessian, layer, params)
     if not layer.decision.rank:
         return Encoded(pack(layer, codes, grid))
@@ -61,9 +65,10 @@ def rounded(weight: Tensor, hessian: Tensor, layer: Layer, params: Params) -> tu
     fmt, format_params = resolve(layer.decision.weight)
     grid = fmt.fit(weight, format_params, hessian.diagonal().float())
     codes = gptq(weight, hessian, grid, fmt, format_params, layer.name)
+    large = weight.numel() > params.large
     if params.sweeps:
-        codes = descend(weight, codes, hessian, grid, fmt, format_params, params.sweeps)
-    if params.refit:
+        codes = descend(weight, codes, hessian, grid, fmt, format_params, 1 if large else params.sweeps)
+    if params.refit and not large:
         codes, grid = alternate(weight, codes, hessian, grid, fmt, format_params, params.refit, params.sweeps)
     nearest = fmt.code(weight, grid, format_params)
     worse = objective(weight, fmt.value(codes, grid, format_params), hessian) > objective(

@@ -29,6 +29,7 @@ from ._rounding import damped, objective
 from .base import Layer
 
 NEEDS = ("gram",)
+MOST = 2**18  # values of a weight that its costs are measured on
 
 
 class Option(StrictParams):
@@ -60,7 +61,8 @@ def rounding_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> f
     """Expected relative output error of rounding this weight to nearest in the decision's format."""
     fmt, params = resolve(decision.weight)
     sign = signs(weight.shape[1], 0) if decision.rotate else None
-    layer = Layer(decision, weight.float(), statistics, sign=sign)
+    stride = max(1, weight.numel() // MOST)  # rows are independent: some of them tell enough of a large weight
+    layer = Layer(decision, weight[::stride].float(), statistics, sign=sign)
     gram, weight = layer.gram(), layer.effective_weight().float()
     hessian = damped(gram, 1e-6, layer.name) * gram.diagonal().mean()
     grid = fmt.fit(weight, params, hessian.diagonal().float())
@@ -68,7 +70,7 @@ def rounding_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> f
     if decision.rank:
         up, down = low_rank(error, decision.rank, torch.Generator().manual_seed(0), damped(gram, 1e-4, layer.name))
         error = error - up.float() @ down.float()
-    return objective(error, torch.zeros_like(error), hessian).sum().item()
+    return stride * objective(error, torch.zeros_like(error), hessian).sum().item()
 
 
 def choices(
