@@ -77,11 +77,11 @@ def whole(columns: int, part: slice | None) -> slice:
     return slice(0, columns) if part is None else part
 
 
-def row_scales(scale: Tensor, kind: str, smallest: float | None = None) -> Tensor | None:
+def row_scales(scale: Tensor, kind: str) -> Tensor | None:
     """The float16 row scale under which `scale` fits eight bits; None unless scales are two-level."""
     if kind != "uint8":
         return None
-    low = SMALLEST[kind] if smallest is None else smallest
+    low = SMALLEST[kind]
     return (scale.amax(1, keepdim=True) / 255).clamp(low, _LARGEST).to(torch.float16).float()
 
 

@@ -23,8 +23,6 @@ from . import _scales
 from ._bits import pack_bits, packed_width, unpack_bits
 from .base import StrictParams
 
-_SMALLEST = torch.finfo(torch.float16).tiny  # below it float16 loses precision
-
 
 class Params(StrictParams):
     """`levels`: the range is divided by 2**bits - 1, or by 2**bits ("full", as DiTAS does). `clip`: shrink factors
@@ -76,18 +74,18 @@ def _scale_zero(low: Tensor, high: Tensor, params: Params) -> tuple[Tensor, Tens
     """Scale and integer zero for value ranges [low, high]."""
     lowest, highest = _code_range(params)
     if params.symmetric:
-        return torch.maximum(high / highest, low / lowest).clamp_min(_SMALLEST), None
+        return torch.maximum(high / highest, low / lowest).clamp_min(_scales.SMALLEST[params.scale]), None
     if params.zero == "code":  # the zero is itself a code, so the range must contain 0
         low, high = low.clamp_max(0), high.clamp_min(0)
     steps = 2**params.bits - (params.levels == "minus_one")
-    scale = ((high - low) / steps).clamp_min(_SMALLEST)
+    scale = ((high - low) / steps).clamp_min(_scales.SMALLEST[params.scale])
     zero = torch.round(-low / scale).to(torch.int32)
     return scale, zero.clamp(0, highest) if params.zero == "code" else zero.clamp(-(2**15), 2**15 - 1)
 
 
 def make_grid(scale: Tensor, zero: Tensor | None, params: Params) -> Grid:
     """A grid whose scales are rounded to their stored precision."""
-    row = _scales.row_scales(scale, params.scale, _SMALLEST)
+    row = _scales.row_scales(scale, params.scale)
     return Grid(_scales.rounded(scale, params.scale, row), zero, row)
 
 
