@@ -219,7 +219,7 @@ def _describe(
     if checkpoint.pipeline:
         copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
     elif checkpoint.scheduler_folder:
-        _copy_scheduler(checkpoint.scheduler_folder, partial)
+        copy_scheduler(checkpoint.scheduler_folder, partial)
     card = quantized_card(
         f"{name}-{recipe.name}", name, checkpoint.class_name, recipe.to_json(), outcome.records,
         checkpoint.total_bytes, size, checkpoint.pipeline is not None,
@@ -240,7 +240,7 @@ def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     return plan
 
 
-def _copy_scheduler(folder: Path, partial: Path) -> None:
+def copy_scheduler(folder: Path, partial: Path) -> None:
     target = partial / "scheduler"
     target.mkdir(exist_ok=True)
     (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())

@@ -68,7 +68,9 @@ class Latents:
         self.seed, self.null, self.parts, self.device = seed, null, parts, device
         self.noising = Noising(scheduler, adapter, config)
         if not folder.is_dir():
-            raise DitcompressError("E301", folder, "there is no such folder", "give trajectories, or a folder of latents")
+            raise DitcompressError(
+                "E301", folder, "there is no such folder", "give trajectories, or a folder of latents"
+            )
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise DitcompressError("E338", folder, "holds no .safetensors file", "see `ditcompress distill --help`")
@@ -90,7 +92,9 @@ class Latents:
     def _checked(self, file: Path, shard: Any) -> int:
         """The samples of one shard, whose shapes, names and first values fit the model; E338 or E330 otherwise."""
         if sorted(set(shard.keys()) - {"latents"}) != self.names:
-            raise DitcompressError("E338", file, "holds other tensors than the first shard", "give every shard the same")
+            raise DitcompressError(
+                "E338", file, "holds other tensors than the first shard", "give every shard the same"
+            )
         shape = tuple(shard.get_slice("latents").get_shape())
         wanted = tuple(self.adapter.latent_shape(self.config))
         if shape[1:] != wanted or not shape[0]:
@@ -99,7 +103,9 @@ class Latents:
         for name in self.names:
             rows = (shard.get_slice(name).get_shape() or [0])[0]
             if rows != shape[0] and not (name.startswith(NULL) and rows == 1):
-                raise DitcompressError("E338", f"{file}: {name}", f"{rows} samples for {shape[0]} latents", "give each one")
+                raise DitcompressError(
+                    "E338", f"{file}: {name}", f"{rows} samples for {shape[0]} latents", "give each one"
+                )
         first = [self._row(shard, i) for i in range(min(CHECKED, shape[0]))]
         if not all(bool(row["latents"].isfinite().all()) for row in first):
             raise DitcompressError("E338", file, "latents with NaN or infinity", "encode the images again")

@@ -46,7 +46,7 @@ class Adapters:
 
     def parameters(self) -> dict[str, Tensor]:
         """The factors by name."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, (down, up) in self.factors.items():
             found |= {f"{name}.lora_down": down, f"{name}.lora_up": up}
         return found

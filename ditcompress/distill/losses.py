@@ -85,7 +85,9 @@ def parse_loss(text: str) -> dict[str, float]:
         except ValueError:
             weight = -1.0
         if not 0 <= weight < float("inf") or name in found:
-            raise DitcompressError("E203", f"--loss {text}", f"{part!r} is no weight", "for example output=1,masked=0.1")
+            raise DitcompressError(
+                "E203", f"--loss {text}", f"{part!r} is no weight", "for example output=1,masked=0.1"
+            )
         found[name] = weight
     found = {name: weight for name, weight in found.items() if weight}
     if not found:

@@ -29,7 +29,7 @@ Log = Callable[[int, float, float], None]  # step, loss, learning rate
 class Settings(BaseModel):
     """`learning_rate` is that of groups without one of their own; `warmup` the share of steps with a rising rate;
     `ema` the decay of the moving average that is kept in the end (0: the weights themselves); `clip` the largest
-    gradient norm; `save_every` steps between states; `optimizer` adamw8bit keeps its moments in 8 bits (bitsandbytes)."""
+    gradient norm; `save_every` steps between states; `optimizer` adamw8bit: moments in 8 bits (bitsandbytes)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     steps: int = Field(1000, ge=1)
@@ -95,7 +95,6 @@ def train(
     parameters = task.parameters()
     optimizer = optimizer_of(settings, _groups(task, settings))
     averages = {name: tensor.detach().clone() for name, tensor in parameters.items()} if settings.ema else {}
-    start = {name: tensor.detach().cpu().clone() for name, tensor in parameters.items()}
     losses = _load(journal, task, optimizer, averages)
     with (reporter or Silent()).task("train", settings.steps) as advance:
         advance(len(losses))
@@ -104,7 +103,7 @@ def train(
                 group["lr"] = group["base"] * rate_at(step, settings)
             value = _step(task, settings, optimizer, step, ranks)
             if not math.isfinite(value):
-                kept = len(_load(journal, task, optimizer, averages)) or _restart(parameters, start)
+                kept = len(_load(journal, task, optimizer, averages))
                 raise DitcompressError(
                     "E703", f"training step {step}", "the loss is not finite",
                     f"lower the learning rate; the state of step {kept} is kept",
@@ -143,14 +142,6 @@ def optimizer_of(settings: Settings, groups: list[dict[str, Any]]) -> torch.opti
     return AdamW8bit(groups, weight_decay=settings.weight_decay)  # type: ignore[no-any-return]
 
 
-def _restart(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> int:
-    """The tensors as they were before training: step 0."""
-    with torch.no_grad():
-        for name, tensor in parameters.items():
-            tensor.copy_(start[name])
-    return 0
-
-
 def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
     own = task.rates()
     by_rate: dict[float, list[Tensor]] = {}
@@ -160,7 +151,7 @@ def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step: int, ranks: Ranks) -> float:
-    """One update; the mean loss of all processes. Nothing is changed where it or a gradient is not finite (NaN then)."""
+    """One update; the mean loss of all processes. NaN, and nothing is changed, where it or a gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
