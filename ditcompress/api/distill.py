@@ -192,7 +192,13 @@ def _places(
         told = run.ranks.share(None if error is None else (error.code, error.where, error.what, error.remedy))
         if told is not None:
             raise error or DitcompressError(*told)
-        yield partial, Path(run.ranks.share(journal))
+        found = Path(run.ranks.share(journal))
+        try:
+            yield partial, found
+        except BaseException:
+            if run.ranks.first and not (found / "training.pt").exists():
+                remove_work(found)  # there is nothing to go on from
+            raise
 
 
 class _Run:

@@ -39,7 +39,18 @@ def test_help_is_fast_and_names_every_command() -> None:
     started = time.time()
     done = run("--help")
     assert time.time() - started < 2.0  # a quiet machine takes a tenth of a second
-    for command in ("demo", "calibrate", "quantize", "evaluate", "inspect", "export", "report", "recipes", "explain"):
+    for command in (
+        "demo",
+        "calibrate",
+        "quantize",
+        "distill",
+        "evaluate",
+        "inspect",
+        "export",
+        "report",
+        "recipes",
+        "explain",
+    ):
         assert command in done.stdout
         assert "--" in run(command, "--help").stdout
 
