@@ -224,6 +224,15 @@ def test_a_training_that_diverges_keeps_its_last_state(half: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.work" / "training.pt").exists()
 
 
+def test_eight_bit_moments_where_the_device_has_them(half: Path, tmp_path: Path) -> None:
+    try:
+        result = api.distill(digits_folder(), half, tmp_path / "out", **FEW, optimizer="adamw8bit")
+    except DitcompressError as error:
+        assert error.code == "E205" and "adamw8bit" in error.line()
+    else:
+        assert result.facts["after"]["output"] < result.facts["before"]["output"]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
