@@ -1,10 +1,13 @@
-"""A TensorBoard log of a training beside its output folder, where tensorboard is installed."""
+"""What a training leaves beside its output folder: a TensorBoard log, where tensorboard is installed, and notes of
+divergence, after which a run may go on from its last good state with a lower learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..console import Reporter
 from ..distill.trainer import Log
@@ -30,3 +33,31 @@ def open_log(target: Path, wanted: bool, reporter: Reporter) -> Iterator[Log | N
             writer.add_scalar("learning_rate", rate, step)
 
         yield log
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+_NOTE = "diverged.json"
+
+
+def note_divergence(journal: Path, where: str, rate: float) -> None:
+    """Remember in the folder of the states where a run diverged, and at which rate."""
+    found = [*divergences(journal), {"at": where, "learning_rate": rate}]
+    (journal / _NOTE).write_text(json.dumps(found))
+
+
+def divergences(journal: Path) -> list[dict[str, Any]]:
+    """Where the run diverged before; [] for one that never did."""
+    try:
+        return list(json.loads((journal / _NOTE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def lowered(target: Path, marks: Mapping[str, Any]) -> dict[str, Any]:
+    """`marks` with the learning rate that the states of a diverged run were begun with, if the new one is lower."""
+    found = divergences(target.absolute().with_name(f".{target.name}.work"))
+    rates = [float(row["learning_rate"]) for row in found]
+    if rates and marks["learning_rate"] < rates[-1]:
+        return {**marks, "learning_rate": rates[0]}
+    return dict(marks)

@@ -31,7 +31,7 @@ from ..loading import load_model, open_model
 from ..models import adapter_for
 from ..recipe import Calibration
 from ..report.card import distilled_card
-from ._logs import open_log
+from ._logs import divergences, lowered, note_divergence, open_log
 from .calibration import conditions_for, pick_device, scheduler_digest, settings_of
 from .compress import copy_scheduler
 
@@ -186,7 +186,7 @@ def _places(
                 ))  # fmt: skip
                 for checkpoint in (pair.teacher, pair.student):
                     check_finite(checkpoint, run.reporter)
-                journal = work_folder(target, run.marks(facts), restart)
+                journal = work_folder(target, lowered(target, run.marks(facts)), restart)
             except DitcompressError as caught:
                 error = caught
         told = run.ranks.share(None if error is None else (error.code, error.where, error.what, error.remedy))
@@ -240,13 +240,19 @@ class _Run:
         )  # fmt: skip
         before = task.measure(held_out)
         with open_log(target, self.ranks.first, self.reporter) as log:
-            history = train(task, options, journal=journal, reporter=self.reporter, ranks=self.ranks, log=log)
+            try:
+                history = train(task, options, journal=journal, reporter=self.reporter, ranks=self.ranks, log=log)
+            except DitcompressError as error:
+                if error.code == "E703" and self.ranks.first:
+                    note_divergence(journal, error.where, options.learning_rate)
+                raise
         count = sum(tensor.numel() for tensor in task.parameters().values())
         trained = task.finish()
         after = task.measure(held_out)
         task.release()
         self._say(before, after)
-        return history, trained, {"before": before, "after": after, "trained_parameters": count}
+        found = {"before": before, "after": after, "trained_parameters": count, "diverged": divergences(journal)}
+        return history, trained, found
 
     def _say(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         for name, value in after.items():

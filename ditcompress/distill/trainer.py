@@ -200,6 +200,9 @@ def _load(
             tensor.copy_(state["parameters"][name])
         for name in averages:
             averages[name].copy_(state["averages"][name])
+    rates = [group["base"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["base"] = rate  # a run that diverged may go on with a lower one
     task.restore(state["extra"])
     return list(json.loads(state["losses"]))

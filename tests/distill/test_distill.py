@@ -218,10 +218,27 @@ def test_dtype_and_pipeline_stay_as_the_student_had_them(tmp_path: Path) -> None
     assert (tmp_path / "out" / "model_index.json").exists() and (tmp_path / "out" / "scheduler").is_dir()
 
 
-def test_a_training_that_diverges_keeps_its_last_state(half: Path, tmp_path: Path) -> None:
-    with pytest.raises(DitcompressError, match=r"E703.*lower the learning rate"):
-        api.distill(digits_folder(), half, tmp_path / "out", **{**FEW, "save_every": 1}, learning_rate=1e30)
+def test_a_diverged_training_keeps_its_last_state_and_goes_on_with_a_lower_rate(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FEW, "save_every": 2, "learning_rate": 1e-3}
+    loss = Student.loss
+
+    def broken(self: Student, step: int, part: int) -> torch.Tensor:
+        return loss(self, step, part) * (float("nan") if step == 7 else 1.0)
+
+    monkeypatch.setattr(Student, "loss", broken)
+    with pytest.raises(DitcompressError, match=r"E703.*step 7.*state of step 6 is kept"):
+        api.distill(digits_folder(), half, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.work" / "training.pt").exists()
+    monkeypatch.undo()
+    with pytest.raises(DitcompressError, match="E503"):
+        api.distill(digits_folder(), half, tmp_path / "out", **{**options, "learning_rate": 1e-2})
+    result = api.distill(digits_folder(), half, tmp_path / "out", **{**options, "learning_rate": 1e-4})
+    assert result.facts["diverged"] == [{"at": "training step 7", "learning_rate": 1e-3}]
+    assert len(result.history.losses) == 12 and result.facts["options"]["learning_rate"] == 1e-4
+    with pytest.raises(DitcompressError, match="E703"):  # a rate beyond any sense
+        api.distill(digits_folder(), half, tmp_path / "wild", **{**options, "learning_rate": 1e30})
 
 
 def test_eight_bit_moments_where_the_device_has_them(half: Path, tmp_path: Path) -> None:
