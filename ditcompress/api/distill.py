@@ -31,6 +31,7 @@ from ..loading import load_model, open_model
 from ..models import adapter_for
 from ..recipe import Calibration
 from ..report.card import distilled_card
+from ._images import encoded, is_images, listing
 from ._logs import divergences, lowered, note_divergence, open_log
 from .calibration import conditions_for, pick_device, scheduler_digest, settings_of
 from .compress import copy_scheduler
@@ -44,8 +45,8 @@ class Options(Settings):
     """How a student is trained; those of the trainer included. `batch` counts the samples of all processes.
 
     `loss`: weights by name (output, task, features, normalised, masked, direction); `decay_features` lets those of
-    blocks fall to 0. `data`: "trajectories" (no data needed) or a folder of cached latents. `images`, `sample_steps`,
-    `refresh`, `guidance` shape the trajectories; `null` is the share of dropped conditions."""
+    blocks fall to 0. `data`: "trajectories" (none needed), a folder of cached latents, or images. `images`,
+    `sample_steps`, `refresh`, `guidance` shape the trajectories; `null` is the share of dropped conditions."""
 
     loss: str = "output=1"
     data: str = TRAJECTORIES
@@ -215,12 +216,11 @@ class _Run:
     def marks(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
         given = self.conditions
-        files = [] if self.options.data == TRAJECTORIES else sorted(Path(self.options.data).glob("*.safetensors"))
         return {
             **facts["fingerprints"],
             **self.options.model_dump(exclude={"save_every"}),
             "blocks": facts["blocks"],
-            "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+            "files": "" if self.options.data == TRAJECTORIES else listing(Path(self.options.data)),
             "conditions": [str(given), Path(given).stat().st_size] if given and Path(given).is_file() else str(given),
             "scheduler": scheduler_digest(self.scheduler_folder),
             "torch": torch.__version__,
@@ -266,8 +266,16 @@ class _Run:
         config = pair.teacher.config
         sampler = load_scheduler(config, self.scheduler_folder, pair.adapter, self.reporter)
         if options.data != TRAJECTORIES:
+            folder = Path(options.data)
+            if is_images(folder):
+                made = (
+                    encoded(folder, pair.teacher, pair.adapter, self.device, self.reporter)
+                    if self.ranks.first
+                    else None
+                )
+                folder = Path(self.ranks.share(made))
             latents = Latents(
-                Path(options.data), pair.adapter, config, sampler, seed=options.seed, null=options.null,
+                folder, pair.adapter, config, sampler, seed=options.seed, null=options.null,
                 parts=options.accumulate, device=self.device,
             )  # fmt: skip
             return latents, latents.batch(options.steps, max(options.batch, 64))

@@ -31,7 +31,7 @@ def distill(
         str, typer.Option(help="Weights: output, task, features, normalised, masked, direction.")
     ] = "output=1",
     decay_features: Annotated[bool, typer.Option("--decay-features", help="Losses of blocks fall to 0.")] = False,
-    data: Annotated[str, typer.Option(help="trajectories (no data needed), or a folder of cached latents.")] = (
+    data: Annotated[str, typer.Option(help="trajectories (no data needed), a folder of cached latents, or images.")] = (
         "trajectories"
     ),
     lora: Annotated[int, typer.Option(help="Rank of adapters that are merged at the end (0: train all weights).")] = 0,

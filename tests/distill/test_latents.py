@@ -8,13 +8,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditcompress import api
 from ditcompress.calibration.trajectory import generator
+from ditcompress.console import Silent
 from ditcompress.distill.latents import Latents, Noising
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
+from ditcompress.evaluation.vae import decode, encode
 from ditcompress.models import registry as families
 
 from .models import cached, shortened
@@ -81,6 +84,40 @@ def test_an_own_null_condition_is_used(tmp_path: Path) -> None:
     tensors = load_file(folder / "0.safetensors")
     save_file({**tensors, "null.class_labels": torch.tensor([7])}, folder / "0.safetensors")
     assert set(data(folder, null=1).batch(0, 8).cond["class_labels"].tolist()) == {7}
+
+
+def test_images_are_encoded_once(tmp_path: Path) -> None:
+    draw = generator(0, 0)
+    for label in range(10):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for number in range(2):
+            pixels = torch.randint(0, 256, (8, 8), generator=draw, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels, "L").save(tmp_path / "images" / str(label) / f"{number}.png")
+    student = shortened(digits_folder() / "transformer", tmp_path / "student", [0, 5])
+    options: dict[str, Any] = {"steps": 3, "batch": 4, "data": str(tmp_path / "images"), "loss": "output=1,task=0.1"}
+    notes = []
+    for name in ("one", "two"):
+        said = Silent()
+        result = api.distill(digits_folder(), student, tmp_path / name, device="cpu", reporter=said, **options)
+        notes.append(any("earlier run" in note for note in said.notes))
+        assert set(result.facts["after"]) == {"output", "task"}
+    assert notes == [False, True]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.fromarray(pixels, "L").save(flat / "0.png")
+    with pytest.raises(DitcompressError, match=r"E338.*labels"):
+        api.distill(digits_folder(), student, tmp_path / "x", device="cpu", **{**options, "data": str(flat)})
+
+
+def test_images_to_latents_and_back() -> None:
+    vae = diffusers.AutoencoderKL(sample_size=16, block_out_channels=(32,), latent_channels=4)
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    images = torch.rand(5, 3, 16, 16, generator=generator(0, 0)) * 2 - 1
+    latents = encode(vae.eval(), images)
+    with torch.no_grad():
+        plain = vae.encode(images).latent_dist.mode()
+        assert torch.allclose(latents, (plain - 0.25) * 0.5, atol=1e-5)
+        assert torch.allclose(decode(vae, latents), vae.decode(plain).sample, atol=1e-4)
 
 
 def damage(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
