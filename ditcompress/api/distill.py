@@ -149,8 +149,8 @@ def _opened(teacher: Path, student: Path) -> _Pair:
         raise DitcompressError("E340", small.class_name, what, "give a model made from this teacher")
     layouts = adapter.layout(small_meta), adapter.layout(big_meta)
     latents = adapter.latent_shape(small.config), adapter.latent_shape(big.config)
-    kept = read_kept(small.folder)
     names = layouts[0].blocks, layouts[1].blocks
+    kept = read_kept(small.folder, names[1])
     was = origins(*names, kept)
     check_student(small_meta, big_meta, layouts, latents, was)
     by = "prune.json" if kept is not None and was == kept else "position"

@@ -15,6 +15,10 @@ from .common import Conditions, Debug, Device, DryRun, Json, Overwrite, Quiet, S
 if TYPE_CHECKING:
     from ..api import DistillResult
 
+Loss = Annotated[str, typer.Option(help="Weights: output, task, features, normalised, masked, direction.")]
+Data = Annotated[str, typer.Option(help="trajectories (no data needed), a folder of cached latents, or images.")]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")]
+Autocast = Annotated[str, typer.Option(help="float32, or bfloat16: teacher and autocast; weights stay float32.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run and begin anew.")]
 
 
@@ -27,20 +31,14 @@ def distill(
     accumulate: Annotated[int, typer.Option(help="Parts of a step, one after another.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, at its highest.")] = 1e-4,
     schedule: Annotated[str, typer.Option(help="cosine or constant, after a warm-up.")] = "cosine",
-    loss: Annotated[
-        str, typer.Option(help="Weights: output, task, features, normalised, masked, direction.")
-    ] = "output=1",
+    loss: Loss = "output=1",
     decay_features: Annotated[bool, typer.Option("--decay-features", help="Losses of blocks fall to 0.")] = False,
-    data: Annotated[str, typer.Option(help="trajectories (no data needed), a folder of cached latents, or images.")] = (
-        "trajectories"
-    ),
+    data: Data = "trajectories",
     lora: Annotated[int, typer.Option(help="Rank of adapters that are merged at the end (0: train all weights).")] = 0,
     ema: Annotated[float, typer.Option(help="Decay of the moving average that is kept (0: none).")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw, or adamw8bit of bitsandbytes.")] = "adamw",
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory, more time: recompute blocks in the backward pass.")
-    ] = False,
+    checkpointing: Checkpointing = False,
     images: Annotated[int, typer.Option(help="Trajectories in use at a time.")] = 128,
     sample_steps: Annotated[int, typer.Option(help="Sampling steps of a trajectory.")] = 25,
     refresh: Annotated[int, typer.Option(help="Training steps until new trajectories are made.")] = 500,
@@ -51,9 +49,7 @@ def distill(
     scheduler: Scheduler = None,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16: teacher and autocast; weights stay float32.")] = (
-        "float32"
-    ),
+    dtype: Autocast = "float32",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,

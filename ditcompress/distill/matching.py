@@ -20,11 +20,14 @@ Pairs = tuple[tuple[str, str], ...]
 OTHER = "give a model made from this teacher"
 
 
-def read_kept(folder: Path) -> dict[str, str] | None:
-    """Of the student's prune.json: the teacher's block that each of its blocks was; None where there is none."""
+def read_kept(folder: Path, teacher: Sequence[str]) -> dict[str, str] | None:
+    """Of the student's prune.json: the teacher's block that each of its blocks was. None where there is none, or where
+    it does not speak of a model with the blocks `teacher` (a student that was pruned twice)."""
     try:
-        rows = json.loads((folder / "prune.json").read_text(encoding="utf-8"))["kept"]
-        return {str(row["block"]): str(row["was"]) for row in rows}
+        found = json.loads((folder / "prune.json").read_text(encoding="utf-8"))
+        kept = {str(row["block"]): str(row["was"]) for row in found["kept"]}
+        every = {*kept.values(), *map(str, found["removed"])} if "removed" in found else set(teacher)
+        return kept if every == set(teacher) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
