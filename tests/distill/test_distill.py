@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ditcompress import api
+from ditcompress.api._logs import open_log
 from ditcompress.calibration.trajectory import generator
 from ditcompress.console import Silent
 from ditcompress.distill.data import Batch
@@ -294,3 +295,30 @@ def test_a_model_that_is_no_part_of_the_teacher(tiny_dit: Path, half: Path, tmp_
             api.distill(teacher, student, tmp_path / "out", **FEW)
     result = api.distill(digits, half, tmp_path / "out", **FEW, dry_run=True)
     assert result.path is None and not (tmp_path / "out").exists()
+
+
+def test_a_tensorboard_log_where_tensorboard_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "out.tensorboard")
+
+        def __enter__(self) -> Writer:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with open_log(tmp_path / "out", True, Silent()) as log:
+        assert log is not None
+        log(3, 0.5, 1e-4)
+    assert seen == [("loss", 0.5, 3), ("learning_rate", 1e-4, 3)]
+    with open_log(tmp_path / "out", False, Silent()) as log:
+        assert log is None
