@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 from .errors import printable
 
-Advance = Callable[[int], None]
+Advance = Callable[..., None]  # (units finished, a few words that stand beside the bar)
 _asked: list[BaseException] = []
 
 
@@ -25,7 +25,7 @@ def interrupt(error: BaseException) -> NoReturn:
     raise error
 
 
-def _go_on(units: int = 1) -> None:
+def _go_on(units: int = 1, said: str = "") -> None:
     """Nothing, unless an interruption was asked for and lost."""
     if _asked:
         raise _asked.pop()
@@ -35,7 +35,7 @@ class Reporter(Protocol):
     """What a long computation may tell its caller."""
 
     def task(self, description: str, total: int) -> Any:
-        """Context manager; gives a function that takes the number of units just finished."""
+        """Context manager; gives a function that takes the number of units just finished, and a few words."""
 
     def note(self, text: str) -> None:
         """One line that the user should read (a fallback taken, a default assumed)."""
@@ -91,10 +91,11 @@ class Terminal:
         with Progress(*columns, console=self.err, transient=True) as progress:
             bar = progress.add_task(printable(description, 60), total=total, rate="")
 
-            def advance(units: int = 1) -> None:
+            def advance(units: int = 1, said: str = "") -> None:
                 _go_on(units)
                 speed = progress.tasks[0].speed
-                progress.update(bar, advance=units, rate=f"{speed:.1f}/s" if speed else "")
+                text = printable(f"{description} {said}", 60)
+                progress.update(bar, advance=units, rate=f"{speed:.1f}/s" if speed else "", description=text)
 
             yield advance
 

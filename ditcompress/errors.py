@@ -53,6 +53,7 @@ CODES = {
     "E335": "weak-extractor",
     "E336": "classes-differ",
     "E337": "bad-extractor",
+    "E338": "bad-training-data",
     "E340": "models-differ",
     "E341": "schedulers-differ",
     "E342": "runs-differ",

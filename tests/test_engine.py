@@ -157,6 +157,8 @@ def test_rules_first_match_wins_and_embedders_are_left_alone() -> None:
 
 
 def test_a_scale_that_overflows_is_an_error_with_the_name_of_the_layer() -> None:
-    broken = SimpleNamespace(packed=SimpleNamespace(tensors={"scale": torch.tensor([float("inf")])}), low_rank=None)
+    broken = SimpleNamespace(
+        packed=SimpleNamespace(tensors={"scale": torch.tensor([float("inf")])}), low_rank=None, extra={}
+    )
     with pytest.raises(Exception, match=r"E701.*site.scale"):
         engine._check(engine.stored_tensors("site", broken, None, {}))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .depth import PruneResult, prune, sensitivity
+from .distill import DistillResult, distill
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
 from .q_sched import q_sched
 from .runs import compare, sample
 
 __all__ = [
+    "DistillResult",
     "PruneResult",
     "QuantizeResult",
     "calibrate",
@@ -18,6 +20,7 @@ __all__ = [
     "check_recipe",
     "compare",
     "demo",
+    "distill",
     "evaluate",
     "explain",
     "export",

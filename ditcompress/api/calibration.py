@@ -183,7 +183,7 @@ def cached_statistics(
         "model": checkpoint.fingerprint,
         "settings": asdict(settings),
         "conditions": _digest(conditions),
-        "scheduler": _scheduler_digest(Path(scheduler) if scheduler else checkpoint.scheduler_folder),
+        "scheduler": scheduler_digest(Path(scheduler) if scheduler else checkpoint.scheduler_folder),
         "dtype": dtype,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
@@ -204,7 +204,7 @@ def cached_statistics(
     return statistics
 
 
-def _scheduler_digest(folder: Path | None) -> str:
+def scheduler_digest(folder: Path | None) -> str:
     """Of the file that `load_scheduler` reads: the checkpoint's fingerprint covers its weights, not its scheduler."""
     if folder is None:
         return ""

@@ -155,6 +155,12 @@ def from_file(path: Path, count: int, config: Mapping[str, Any]) -> Conditions:
     return Conditions({n: t[:used] for n, t in cond.items()}, null or None, said, count)
 
 
+def check_conditions(path: Path, found: Conditions, adapter: ModuleType, config: Mapping[str, Any]) -> None:
+    """E330 unless both branches are what the model's forward takes."""
+    _check_names(path, [*found.cond, *(found.null or ())], config)
+    _check_values(path, found, adapter.random_conditions(config, 1, torch.Generator().manual_seed(0)), config)
+
+
 def _check_names(path: Path, names: Sequence[str], config: Mapping[str, Any]) -> None:
     """Every tensor must be an argument of the model's forward."""
     import diffusers

@@ -2,6 +2,7 @@
 
 Everything random is drawn from (seed, step), so a run that was killed goes on from its last state and ends with the
 weights of an uninterrupted one (on a CPU). A state holds the trained tensors, the optimiser and the moving averages.
+Of several processes each trains on its part of the batch; gradients are averaged, the first one writes the states.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
+from .ranks import ALONE, Ranks
+
+Log = Callable[[int, float, float], None]  # step, loss, learning rate
 
 
 class Settings(BaseModel):
     """`learning_rate` is that of groups without one of their own; `warmup` the share of steps with a rising rate;
     `ema` the decay of the moving average that is kept in the end (0: the weights themselves); `clip` the largest
-    gradient norm; `save_every` steps between states."""
+    gradient norm; `save_every` steps between states; `optimizer` adamw8bit: moments in 8 bits (bitsandbytes)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     steps: int = Field(1000, ge=1)
@@ -38,6 +42,7 @@ class Settings(BaseModel):
     ema: float = Field(0.0, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     save_every: int = Field(200, ge=1)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 class Task(Protocol):
@@ -79,13 +84,16 @@ def rate_at(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
 
 
-def train(task: Task, settings: Settings, *, journal: Path | None = None, reporter: Reporter | None = None) -> History:
+def train(
+    task: Task, settings: Settings, *, journal: Path | None = None, reporter: Reporter | None = None,
+    ranks: Ranks = ALONE, log: Log | None = None,
+) -> History:  # fmt: skip
     """Train to the last step; the task's tensors then hold the result (the averages with `ema`).
 
-    E703 when the loss is not finite: the last good state is put back and stays in `journal`.
+    E703 when the loss or a gradient is not finite: the last good state is put back and stays in `journal`.
     """
     parameters = task.parameters()
-    optimizer = torch.optim.AdamW(_groups(task, settings), weight_decay=settings.weight_decay)
+    optimizer = optimizer_of(settings, _groups(task, settings))
     averages = {name: tensor.detach().clone() for name, tensor in parameters.items()} if settings.ema else {}
     losses = _load(journal, task, optimizer, averages)
     with (reporter or Silent()).task("train", settings.steps) as advance:
@@ -93,7 +101,7 @@ def train(task: Task, settings: Settings, *, journal: Path | None = None, report
         for step in range(len(losses), settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * rate_at(step, settings)
-            value = _step(task, settings, optimizer, step)
+            value = _step(task, settings, optimizer, step, ranks)
             if not math.isfinite(value):
                 kept = len(_load(journal, task, optimizer, averages))
                 raise DitcompressError(
@@ -105,12 +113,33 @@ def train(task: Task, settings: Settings, *, journal: Path | None = None, report
             for name, average in averages.items():
                 average.lerp_(parameters[name].detach(), 1 - min(settings.ema, (step + 1) / (step + 10)))
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                _save(journal, task, optimizer, averages, losses)
-            advance(1)
+                if ranks.first:
+                    _save(journal, task, optimizer, averages, losses)
+                ranks.share(None)
+            if log is not None:
+                log(step, value, settings.learning_rate * rate_at(step, settings))
+            advance(1, f"loss {value:.3g}")
     with torch.no_grad():
         for name, average in averages.items():
             parameters[name].copy_(average)
     return History(tuple(losses))
+
+
+def optimizer_of(settings: Settings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, or that of bitsandbytes with 8-bit moments; E205 where its kernels do not run on the tensors' device."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    device = groups[0]["params"][0].device
+    try:
+        from bitsandbytes.optim import AdamW8bit
+
+        trial = torch.ones(8192, device=device, requires_grad=True)
+        trial.grad = torch.ones_like(trial)
+        AdamW8bit([trial], lr=1e-3).step()
+    except Exception as error:
+        what = f"does not run on {device.type} here ({type(error).__name__})"
+        raise DitcompressError("E205", "--optimizer adamw8bit", what, "use adamw") from None
+    return AdamW8bit(groups, weight_decay=settings.weight_decay)  # type: ignore[no-any-return]
 
 
 def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
@@ -121,17 +150,23 @@ def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
     return [{"params": tensors, "lr": rate, "base": rate} for rate, tensors in by_rate.items()]
 
 
-def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step: int) -> float:
+def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step: int, ranks: Ranks) -> float:
+    """One update; the mean loss of all processes. NaN, and nothing is changed, where it or a gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for part in range(settings.accumulate):
         loss = task.loss(step, part) / settings.accumulate
         loss.backward()
         total += loss.item()
-    if math.isfinite(total):
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(tensors, settings.clip)
-        optimizer.step()
+    total = ranks.mean(total, tensors[0].device)
+    if not math.isfinite(total):
+        return math.nan
+    ranks.mean_([p.grad for p in tensors if p.grad is not None])
+    norm = nn.utils.clip_grad_norm_(tensors, settings.clip)
+    if not bool(norm.isfinite()):
+        return math.nan
+    optimizer.step()
     return total
 
 
@@ -159,12 +194,15 @@ def _load(
     """Put the last state back; the losses up to it, [] where there is none."""
     if journal is None or not (journal / "training.pt").exists():
         return []
-    state = torch.load(journal / "training.pt", weights_only=True)
+    state = torch.load(journal / "training.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, tensor in task.parameters().items():
             tensor.copy_(state["parameters"][name])
         for name in averages:
             averages[name].copy_(state["averages"][name])
+    rates = [group["base"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["base"] = rate  # a run that diverged may go on with a lower one
     task.restore(state["extra"])
     return list(json.loads(state["losses"]))

@@ -1,4 +1,4 @@
-"""Latents to images by the pipeline's own VAE. Only autoencoder classes of diffusers, from local safetensors."""
+"""Latents to images and back by the pipeline's own VAE: autoencoder classes of diffusers, local safetensors."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     scaled = latents.to(device) / float(config.get("scaling_factor") or 1.0) + float(config.get("shift_factor") or 0.0)
     with torch.no_grad():
         return torch.cat([vae.decode(part, return_dict=False)[0].float().cpu() for part in scaled.split(PART)])
+
+
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """Latents (n, ...) float32 on CPU as the sampler has them, from images (n, channels, height, width) in [-1, 1]: the
+    means of the encoder, shifted and scaled."""
+    config, device = vae.config, next(vae.parameters()).device
+    if images.shape[1] == 1:
+        images = images.expand(-1, int(config.get("in_channels") or 3), -1, -1)
+    found = []
+    with torch.no_grad():
+        for part in images.split(PART):
+            made = vae.encode(part.to(device))
+            latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
+            shifted = latents.float() - float(config.get("shift_factor") or 0.0)
+            found.append((shifted * float(config.get("scaling_factor") or 1.0)).cpu())
+    return torch.cat(found)

@@ -68,3 +68,10 @@ def evaluated_card(result: Mapping[str, Any]) -> str:
     """Of an evaluation: the verdict and the main figures with intervals, as a model index."""
     rows = [m for m in result["measurements"] if m["name"] in ROWS or m["gate"]]
     return _render("evaluation.md", r=result, rows=rows)
+
+
+def distilled_card(name: str, class_name: str, facts: Mapping[str, Any], pipeline: bool) -> str:
+    """Of a trained student: who taught it, how, and its error before and after."""
+    return _render("distilled.md", name=name, class_name=class_name, pipeline=pipeline, **{
+        key: facts[key] for key in ("teacher", "student", "options", "before", "after")
+    })  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditcompress.api.calibration import _scheduler_digest
+from ditcompress.api.calibration import scheduler_digest
 from ditcompress.calibration import text
 from ditcompress.calibration.conditions import get_conditions
 from ditcompress.calibration.schedulers import load_scheduler
@@ -78,9 +78,9 @@ def test_a_pipeline_without_an_index_is_one_line(tmp_path: Path, body: str) -> N
 def test_the_cache_notices_another_scheduler_of_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     file.write_text("{}")
-    before = _scheduler_digest(tmp_path)
+    before = scheduler_digest(tmp_path)
     file.write_text('{"timestep_spacing": "trailing"}')
-    assert _scheduler_digest(tmp_path) != before and _scheduler_digest(None) == ""
+    assert scheduler_digest(tmp_path) != before and scheduler_digest(None) == ""
 
 
 def test_a_recipe_may_name_its_class_labels() -> None:

@@ -44,6 +44,7 @@ def test_help_is_fast_and_names_every_command() -> None:
         "calibrate",
         "quantize",
         "prune",
+        "distill",
         "evaluate",
         "inspect",
         "export",

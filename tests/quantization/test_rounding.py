@@ -97,7 +97,7 @@ def statistics(gram: torch.Tensor) -> SimpleNamespace:
     )
 
 
-ENCODERS = [n for n in registry.names() if hasattr(registry.get(n), "encode")]
+ENCODERS = [n for n in registry.names() if hasattr(registry.get(n), "encode") and n not in ("terdit", "vq4dit")]
 SHAPES: dict[str, dict[str, object]] = {
     "loftq": {"layout": "column_group"},
     "ptq4dm": {"layout": "row", "symmetric": True},

@@ -200,7 +200,7 @@ def test_an_interrupted_training_goes_on_and_writes_the_same_bytes(tmp_path: Pat
             def counted() -> Any:
                 left = [17]
 
-                def advance(units: int = 1) -> None:
+                def advance(units: int = 1, said: str = "") -> None:
                     left[0] -= units
                     if description == "train" and left[0] < 0:
                         raise KeyboardInterrupt

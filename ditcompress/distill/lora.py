@@ -1,0 +1,64 @@
+"""Low-rank training: y + B A x beside every linear of the blocks, merged into the weights at the end.
+
+LoRA (Hu et al. 2021) with alpha equal to the rank, so that its scale is 1. Vectors (norms, biases) of the blocks are
+trained as they are: nearly free, and what pruning shifted most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..calibration.trajectory import generator
+
+
+class Adapters:
+    """Factors `down` (rank, in) and `up` (out, rank) of every linear inside `blocks`; `up` begins at zero."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], rank: int, seed: int) -> None:
+        self.model = model
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.handles: list[Any] = []
+        inside = tuple(f"{block}." for block in blocks)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith(inside):
+                self._add(name, module, rank, seed)
+
+    def _add(self, name: str, linear: nn.Linear, rank: int, seed: int) -> None:
+        draw = generator(seed, len(self.factors), 3_000_000)
+        rank = min(rank, *linear.weight.shape)
+        down = torch.randn(rank, linear.in_features, generator=draw) * linear.in_features**-0.5
+        device = linear.weight.device
+        pair = (
+            down.to(device).requires_grad_(True),
+            torch.zeros(linear.out_features, rank, device=device, requires_grad=True),
+        )
+        self.factors[name] = pair
+
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + functional.linear(functional.linear(arguments[0], pair[0]), pair[1]).to(output.dtype)
+
+        self.handles.append(linear.register_forward_hook(hook))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        found: dict[str, Tensor] = {}
+        for name, (down, up) in self.factors.items():
+            found |= {f"{name}.lora_down": down, f"{name}.lora_up": up}
+        return found
+
+    def merge(self) -> list[str]:
+        """Put W + B A into the linears and remove the adapters; the names of the changed weights."""
+        for handle in self.handles:
+            handle.remove()
+        with torch.no_grad():
+            for name, (down, up) in self.factors.items():
+                weight: Any = self.model.get_submodule(name).weight
+                weight.add_((up @ down).to(weight.dtype))
+        changed = [f"{name}.weight" for name in self.factors]
+        self.handles, self.factors = [], {}
+        return changed
