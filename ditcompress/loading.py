@@ -29,6 +29,7 @@ from . import bnb
 from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
+from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import build_meta, class_of
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
@@ -47,10 +48,12 @@ class _Fields(Strict):
     recipe: str
     schemes: dict[str, dict[str, Any]]
     layers: dict[str, str]
+    experts: dict[str, dict[str, Any]] = {}
 
 
 class DitcompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model: schemes by number, and the scheme of each linear.
+    """The `quantization_config` of a compressed model: schemes by number, the scheme of each linear, and the expert
+    layers by path.
 
     Raises E320 naming the key for a configuration of another version, or one that is not exactly of this shape.
     """
@@ -61,6 +64,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         layers: Mapping[str, str] | None = None,
         version: int = VERSION,
         recipe: str = "",
+        experts: Mapping[str, Any] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -69,12 +73,14 @@ class DitcompressConfig(QuantizationConfigMixin):
                 "E320", f"{WHERE}.version", f"is {version!r}, this release reads {VERSION}", "upgrade ditcompress"
             )
         try:
-            fields = _Fields.model_validate({"recipe": recipe, "schemes": schemes, "layers": layers, **unknown})
+            fields = _Fields.model_validate(
+                {"recipe": recipe, "schemes": schemes, "layers": layers, "experts": experts or {}, **unknown}
+            )
         except ValidationError as error:
             raise refuse(WHERE, error) from None
         self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
         self.version, self.recipe = version, fields.recipe
-        self.schemes, self.layers = fields.schemes, fields.layers
+        self.schemes, self.layers, self.experts = fields.schemes, fields.layers, fields.experts
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -93,6 +99,7 @@ class DitcompressConfig(QuantizationConfigMixin):
             "recipe": self.recipe,
             "schemes": self.schemes,
             "layers": self.layers,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
     to_diff_dict = to_dict
@@ -108,6 +115,10 @@ class DitcompressConfig(QuantizationConfigMixin):
                 where = f"{WHERE}.layers.{layer}"
                 raise DitcompressError("E320", where, f"there is no scheme {number!r}", "compress the original again")
         return {layer: built[number] for layer, number in self.layers.items()}
+
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """The expert layers by path; E320 when an entry is not valid."""
+        return {path: ExpertLayer.from_json(value, f"{WHERE}.experts.{path}") for path, value in self.experts.items()}
 
 
 class DitcompressQuantizer(DiffusersQuantizer):
@@ -135,10 +146,12 @@ class DitcompressQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, DitcompressConfig)
+        apply_experts(model, config.expert_layers())
         apply_schemes(model, config.layer_schemes())
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
+            check_expert_names(model, config.experts, self.present)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
@@ -211,8 +224,8 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Full name and dtype of every tensor that packed layers store (biases are ordinary parameters)."""
-    return {
+    """Full name and dtype of every tensor that packed layers and routers store (biases are ordinary parameters)."""
+    return router_dtypes(model) | {
         f"{path}.{name}": dtype
         for path, module in model.named_modules()
         if isinstance(module, PackedLinear)
@@ -223,7 +236,16 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 def check_layer_names(model: nn.Module, layers: Collection[str], present: Collection[str]) -> None:
     """Packed layers have exactly the tensors their schemes ask for: E315 one is missing, E316 one too many."""
     expected = {f"{layer}.{name}" for layer in layers for name in model.get_submodule(layer).state_dict()}
-    found = {name for name in present if name.rpartition(".")[0] in layers}
+    _compare_names(expected, {name for name in present if name.rpartition(".")[0] in layers})
+
+
+def check_expert_names(model: nn.Module, paths: Collection[str], present: Collection[str]) -> None:
+    """Expert layers have exactly their tensors: a missing one would be noise. E315 and E316 as above."""
+    inside = tuple(f"{path}." for path in paths)
+    _compare_names(names_inside(model, paths), {name for name in present if inside and name.startswith(inside)})
+
+
+def _compare_names(expected: set[str], found: set[str]) -> None:
     for code, names, what in (
         ("E315", expected - found, "is missing from the weight files"),
         ("E316", found - expected, "has no place in the layer that config.json describes"),
@@ -259,10 +281,19 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """The model that `config` describes, packed layers included, without any data."""
-    model = build_meta(_plain(config))
+    model = unpacked_model(config)
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_schemes(model, layers.layer_schemes())
+    return model
+
+
+def unpacked_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model that `config` describes with its expert layers, every linear plain, without any data."""
+    model = build_meta(_plain(config))
+    layers = DitcompressConfig.of(config)
+    if layers is not None:
+        apply_experts(model, layers.expert_layers())
     return model
 
 
@@ -347,6 +378,7 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
         model = getattr(diffusers, class_of(plain)).from_config(plain)
     layers = DitcompressConfig.of(config)
     if layers is not None:
+        apply_experts(model, layers.expert_layers())
         apply_schemes(model, layers.layer_schemes())
         as_loaded(model, layers)
     return model

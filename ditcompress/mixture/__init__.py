@@ -1,0 +1,11 @@
+"""Dense feed-forwards into experts: one method, one file; `convert` applies one to every layer of a model."""
+
+from __future__ import annotations
+
+from ._convert import convert, hidden_of, neuron_importance, specs_for
+from .base import FeedForward, Split, method_of, params_of, registry
+
+__all__ = [
+    "FeedForward", "Split", "convert", "hidden_of", "method_of", "neuron_importance", "params_of", "registry",
+    "specs_for",
+]  # fmt: skip
