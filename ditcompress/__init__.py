@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "q_sched", "quantize", "sample"]
+__all__ = ["calibrate", "compare", "evaluate", "export", "inspect", "load", "moe", "q_sched", "quantize", "sample"]
 
 _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
 

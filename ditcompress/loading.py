@@ -22,7 +22,7 @@ import diffusers.quantizers.auto as auto
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from . import bnb
@@ -48,7 +48,7 @@ class _Fields(Strict):
     recipe: str
     schemes: dict[str, dict[str, Any]]
     layers: dict[str, str]
-    experts: dict[str, dict[str, Any]] = {}
+    experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -88,6 +88,8 @@ class DitcompressConfig(QuantizationConfigMixin):
         quantization = config.get("quantization_config")
         if quantization is None or bnb.used(config):
             return None
+        if isinstance(quantization, DitcompressConfig):  # of a model in memory
+            return quantization
         if not isinstance(quantization, Mapping):
             raise DitcompressError("E320", WHERE, "is not an object", "compress the original again")
         return DitcompressConfig(**quantization)

@@ -6,6 +6,7 @@ from .calibration import calibrate, calibration_plan
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
+from .moe import moe
 from .q_sched import q_sched
 from .runs import compare, sample
 
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "moe",
     "parse_margins",
     "q_sched",
     "quantize",

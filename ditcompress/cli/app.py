@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import print_error, print_text
-from . import compare, compress, evaluate, inspect, q_sched, recipes
+from . import compare, compress, evaluate, inspect, moe, q_sched, recipes
 
 app = typer.Typer(
     name="ditcompress",
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("demo")(evaluate.demo)
 app.command("calibrate")(compress.calibrate)
 app.command("quantize")(compress.quantize)
+app.command("moe")(moe.moe)
 app.command("q-sched")(q_sched.q_sched)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from ._convert import convert, hidden_of, neuron_importance, specs_for
+from ._distill import Experts, Weights
+from ._use import measured, token_operations
 from .base import FeedForward, Split, method_of, params_of, registry
 
 __all__ = [
-    "FeedForward", "Split", "convert", "hidden_of", "method_of", "neuron_importance", "params_of", "registry",
+    "Experts",
+    "FeedForward",
+    "Split",
+    "Weights",
+    "convert",
+    "hidden_of",
+    "measured",
+    "method_of",
+    "neuron_importance",
+    "params_of",
+    "registry",
     "specs_for",
-]  # fmt: skip
+    "token_operations",
+]

@@ -44,7 +44,7 @@ def _exchanged(value: Tensor, group: Tensor, rounds: int = 4) -> Tensor:
 
 
 def kmeans(features: Tensor, groups: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
-    """Group (H,) of every row of `features` (H, T), all groups of one size (H must be a multiple): spherical k-means."""
+    """Group (H,) of every row of `features` (H, T), all of one size (H must be a multiple): spherical k-means."""
     rows = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
     first = torch.randperm(len(rows), generator=generator)[:groups]
     centres, group = rows[first.to(rows.device)], torch.full((len(rows),), -1, device=rows.device)

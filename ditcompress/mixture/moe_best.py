@@ -9,8 +9,8 @@ without a second input):
 3. Given what the router chooses, every neuron goes where its energy is kept most (a balanced assignment, the shared
    expert included); 2 and 3 alternate, and the best state seen is kept.
 
-A token that does not reach an expert loses its output, but not its mean: the mean over such tokens goes into the layer's
-bias, and an expert that runs takes it away again. With all experts active the layer is the dense one.
+A token that does not reach an expert loses its output, but not its mean: the mean over such tokens goes into the
+layer's bias, and an expert that runs takes it away again. With all experts active the layer is the dense one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NEEDS = ("tokens",)
 
 
 class Params(StrictParams):
-    """`rounds` of router and assignment; `target` of the router's regression: the norm of each expert's output, its share of
-    the energy, its logarithm, or the norm; `damp` of the regression; `offsets`: whether means are kept."""
+    """`rounds` of router and assignment; `target` of the router's regression: the norm of each expert's output,
+    its share of the energy, the energy, or its logarithm; `damp` of the regression; `offsets`: whether means stay."""
 
     rounds: int = Field(6, ge=0)
     target: Literal["norm", "share", "energy", "log"] = "norm"

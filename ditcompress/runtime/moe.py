@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .linear import PackedLinear
+
 Gate = Literal["one", "share"]
 
 
@@ -143,3 +145,18 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 def feed_forwards(model: nn.Module) -> dict[str, MoEFeedForward]:
     """The expert layers of a model by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+
+
+def idle_parameters(model: nn.Module) -> int:
+    """Parameters that a token does not meet: those of the experts that are not chosen, packed weights as matrices."""
+
+    def size(expert: nn.Module) -> int:
+        packed = [m for m in expert.modules() if isinstance(m, PackedLinear)]
+        return sum(p.numel() for p in expert.parameters()) + sum(m.in_features * m.out_features for m in packed)
+
+    return sum((len(m.experts) - m.active) * size(m.experts[0]) for m in feed_forwards(model).values())
+
+
+def router_parameters(model: nn.Module) -> int:
+    """Weights and biases of all routers, which are buffers."""
+    return sum(m.router.weight.numel() + m.router.bias.numel() for m in feed_forwards(model).values())
