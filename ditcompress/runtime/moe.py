@@ -105,7 +105,7 @@ class MoEFeedForward(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = self._always(tokens)
         if self.active == 0:
-            return total.reshape(*hidden_states.shape[:-1], -1)
+            return total.reshape(*hidden_states.shape[:-1], total.shape[-1])
         routing = self.route(tokens)
         order = routing.chosen.flatten().argsort(stable=True)
         counts = torch.bincount(routing.chosen.flatten(), minlength=len(self.experts)).tolist()
@@ -117,7 +117,7 @@ class MoEFeedForward(nn.Module):
                 part = expert(tokens[rows]) * gates[own, None].to(total.dtype)
                 total = total.index_add(0, rows, part.to(total.dtype))
             start += count
-        return total.reshape(*hidden_states.shape[:-1], -1)
+        return total.reshape(*hidden_states.shape[:-1], total.shape[-1])
 
     def reference(self, hidden_states: Tensor) -> Tensor:
         """The same by its definition, token by token: what `forward` is tested against."""
