@@ -146,12 +146,16 @@ def _filled(model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, spli
     moe = build(model, layout, axis, spec, split.order)
     (out,) = readers(layout, axis)
     inner = out.name[len(feed_forward_path(model, axis, layout)) + 1 :]
+    parts = [(moe.shared, split.shared)] if moe.shared is not None else []
     with torch.no_grad():
         moe.router.weight.copy_(split.router_weight)
         moe.router.bias.copy_(split.router_bias)
+        for part, own in [*parts, *zip(moe.experts, split.experts, strict=True)] if split.down is not None else []:
+            part.get_submodule(inner).weight.copy_(split.down[:, own])  # type: ignore[union-attr, operator]
         if split.offsets is not None:
             assert moe.bias is not None
-            moe.bias.copy_((moe.bias.double() + split.offsets.double().sum(0)).to(moe.bias.dtype))
+            moved = split.offsets.double().sum(0) + (0 if split.shift is None else split.shift.double())
+            moe.bias.copy_((moe.bias.double() + moved).to(moe.bias.dtype))
             for expert, offset in zip(moe.experts, split.offsets, strict=True):
                 expert.get_submodule(inner).bias.copy_(-offset)  # type: ignore[union-attr, operator]
     return moe.eval()

@@ -11,10 +11,15 @@ without a second input):
 
 A token that does not reach an expert loses its output, but not its mean: the mean over such tokens goes into the
 layer's bias, and an expert that runs takes it away again. With all experts active the layer is the dense one.
+
+4. On request (`refit`) the output weights of all experts are fitted to what the dense layer gives, under the routing:
+   one ridge regression towards no change. The layer is then nearer to the dense one as it runs, and no longer equal to
+   it with all experts active.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -30,12 +35,14 @@ NEEDS = ("tokens",)
 
 class Params(StrictParams):
     """`rounds` of router and assignment; `target` of the router's regression: the norm of each expert's output,
-    its share of the energy, the energy, or its logarithm; `damp` of the regression; `offsets`: whether means stay."""
+    its share of the energy, the energy, or its logarithm; `damp` of the regression; `offsets`: whether means stay;
+    `refit` > 0 fits the output weights anew (step 4) with this damping; it needs the offsets."""
 
     rounds: int = Field(6, ge=0)
     target: Literal["norm", "share", "energy", "log"] = "norm"
     damp: float = Field(0.01, gt=0)
     offsets: bool = True
+    refit: float = Field(0.0, ge=0)
 
 
 def split(layer: FeedForward, params: Params) -> Split:
@@ -51,7 +58,7 @@ def split(layer: FeedForward, params: Params) -> Split:
             best, least = found, error
         group = _reassigned(layer, energy, mask)
     assert best is not None
-    return best
+    return _refitted(layer, best, params.refit) if params.refit else best
 
 
 def _start(layer: FeedForward, energy: Tensor) -> Tensor:
@@ -114,3 +121,19 @@ def _reassigned(layer: FeedForward, energy: Tensor, mask: Tensor) -> Tensor:
     if not spec.shared:
         return 1 + balanced(kept[:, 1:], sizes[1:])
     return balanced(kept, sizes)
+
+
+def _refitted(layer: FeedForward, split: Split, damp: float) -> Split:
+    """The split with output weights, offsets and bias that make up for what is lost, (T, D), as far as what runs can
+    tell: features are the hidden values that the routing leaves, and which experts run."""
+    assert split.offsets is not None
+    mask = chosen_mask(split.router_weight, split.router_bias, layer.tokens, layer.spec.active)
+    lost = ((outputs(layer, split.experts) - split.offsets[:, None]) * (~mask).T[:, :, None]).sum(0)
+    kept = layer.hidden.clone()
+    for number, own in enumerate(split.experts):
+        kept[:, own] *= mask[:, number, None]
+    count = kept.shape[1]
+    weight, bias = ridge(torch.cat([kept, mask.float()], dim=1), lost, damp)
+    change = weight[:, count:]  # of an expert that runs, (D, E)
+    offsets = split.offsets - change.T
+    return replace(split, down=layer.down + weight[:, :count], offsets=offsets, shift=bias + change.sum(1))
