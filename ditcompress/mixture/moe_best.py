@@ -1,25 +1,24 @@
 """moe-best: ours, without training. Neurons that fire together become one expert, under the router that will choose it.
 
-Three steps, all on calibration tokens (which are modulated by time and condition, so the router is timestep-aware
+Four steps, all on calibration tokens (which are modulated by time and condition, so the router is timestep-aware
 without a second input):
 
 1. Neurons are clustered by co-activation: the energy |h_j - mean|^2 |w_j|^2 of every neuron over tokens, balanced
    k-means (as MoEfication, arXiv 2110.01786, does with activation patterns). The neurons of most energy are shared.
-2. The router is fitted in closed form: ridge regression from the token to the energy of each expert's output.
+2. The router is fitted in closed form: ridge regression from the token to the norm of each expert's output.
 3. Given what the router chooses, every neuron goes where its energy is kept most (a balanced assignment, the shared
    expert included); 2 and 3 alternate, and the best state seen is kept.
+4. The output weights of all experts are fitted to what the dense layer gives, under the routing (_refit.py). The layer
+   is then nearer to the dense one as it runs, and no longer equal to it with all experts active; `refit: false` keeps
+   that, for running with other numbers of active experts.
 
 A token that does not reach an expert loses its output, but not its mean: the mean over such tokens goes into the
-layer's bias, and an expert that runs takes it away again. With all experts active the layer is the dense one.
-
-4. On request (`refit`) the output weights of all experts are fitted to what the dense layer gives, under the routing:
-   one ridge regression towards no change. The layer is then nearer to the dense one as it runs, and no longer equal to
-   it with all experts active.
+layer's bias, and an expert that runs takes it away again. With all experts active, and before step 4, the
+layer is the dense one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ..formats.base import StrictParams
 from ._assign import balanced, kmeans
+from ._refit import refitted
 from .base import FeedForward, Split, chosen_mask, outputs, ridge
 
 NEEDS = ("tokens",)
@@ -36,17 +36,17 @@ NEEDS = ("tokens",)
 class Params(StrictParams):
     """`rounds` of router and assignment; `target` of the router's regression: the norm of each expert's output,
     its share of the energy, the energy, or its logarithm; `damp` of the regression; `offsets`: whether means stay;
-    `refit` > 0 fits the output weights anew (step 4) with this damping; it needs the offsets."""
+    `refit`: whether the output weights are fitted anew (step 4; it needs the offsets)."""
 
-    rounds: int = Field(6, ge=0)
+    rounds: int = Field(4, ge=0)
     target: Literal["norm", "share", "energy", "log"] = "norm"
     damp: float = Field(0.01, gt=0)
     offsets: bool = True
-    refit: float = Field(0.0, ge=0)
+    refit: bool = True
 
 
 def split(layer: FeedForward, params: Params) -> Split:
-    """The split with the least output error on the calibration tokens of all rounds."""
+    """The split of all rounds with the least output error: on held-out tokens where weights are fitted anew."""
     mean = layer.hidden.mean(0) if params.offsets else torch.zeros_like(layer.hidden[0])
     energy = (layer.hidden - mean).square() * layer.down.square().sum(0)  # (T, H)
     group = _start(layer, energy)
@@ -54,11 +54,13 @@ def split(layer: FeedForward, params: Params) -> Split:
     for _ in range(params.rounds + 1):
         found, mask = _fitted(layer, group, params)
         error = _error(layer, found, mask)
+        if params.refit and params.offsets:
+            found, error = refitted(layer, found)
         if error < least:
             best, least = found, error
         group = _reassigned(layer, energy, mask)
     assert best is not None
-    return _refitted(layer, best, params.refit) if params.refit else best
+    return best
 
 
 def _start(layer: FeedForward, energy: Tensor) -> Tensor:
@@ -121,19 +123,3 @@ def _reassigned(layer: FeedForward, energy: Tensor, mask: Tensor) -> Tensor:
     if not spec.shared:
         return 1 + balanced(kept[:, 1:], sizes[1:])
     return balanced(kept, sizes)
-
-
-def _refitted(layer: FeedForward, split: Split, damp: float) -> Split:
-    """The split with output weights, offsets and bias that make up for what is lost, (T, D), as far as what runs can
-    tell: features are the hidden values that the routing leaves, and which experts run."""
-    assert split.offsets is not None
-    mask = chosen_mask(split.router_weight, split.router_bias, layer.tokens, layer.spec.active)
-    lost = ((outputs(layer, split.experts) - split.offsets[:, None]) * (~mask).T[:, :, None]).sum(0)
-    kept = layer.hidden.clone()
-    for number, own in enumerate(split.experts):
-        kept[:, own] *= mask[:, number, None]
-    count = kept.shape[1]
-    weight, bias = ridge(torch.cat([kept, mask.float()], dim=1), lost, damp)
-    change = weight[:, count:]  # of an expert that runs, (D, E)
-    offsets = split.offsets - change.T
-    return replace(split, down=layer.down + weight[:, :count], offsets=offsets, shift=bias + change.sum(1))
