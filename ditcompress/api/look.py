@@ -152,12 +152,13 @@ def explain(name: str) -> dict[str, Any]:
     E201 for a name that nothing has."""
     from ..evaluation import distribution, external, extractors, layouts, metrics
     from ..formats.base import registry as formats
+    from ..mixture import registry as methods
     from ..quantization.base import registry as steps
 
     kinds = {
         "steps": steps, "formats": formats, "metrics": metrics.registry, "distributions": distribution.registry,
         "external": external.registry, "extractors": extractors.registry, "layouts": layouts.registry,
-        "exporters": exporters,
+        "exporters": exporters, "methods": methods,
     }  # fmt: skip
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}

@@ -183,6 +183,8 @@ def _converted(
         ).inputs  # fmt: skip
         keys = {path: writers(layout, axis)[0].input_key for path, axis in axes.items()}
         tokens = {path: found[key].reservoir for path, key in keys.items()}
+        if not all(len(rows) for rows in tokens.values()):
+            raise DitcompressError("E331", "calibration", "kept no tokens", "raise calibration.reservoir")
     importance: dict[str, Tensor] = {}
     if "importance" in needs:
         importance = neuron_importance(

@@ -136,7 +136,10 @@ def convert(
                 importance[path].to(weight.device) if path in importance else None,
                 torch.Generator().manual_seed(_seed(seed, path)),
             )  # fmt: skip
-            found[path] = _filled(model, layout, axes[path], spec, method.split(layer, params))
+            split = method.split(layer, params)
+            if not all(bool(torch.isfinite(t).all()) for t in (split.router_weight, split.router_bias)):
+                raise DitcompressError("E701", path, "the router is not finite", "calibrate with more samples")
+            found[path] = _filled(model, layout, axes[path], spec, split)
             advance(1)
     return found
 

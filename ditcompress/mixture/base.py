@@ -49,8 +49,8 @@ class Split:
     """Neurons of the shared expert and of each routed one, the router, and (D,) per expert `offsets` (E, D): the mean
     output that the layer's bias holds for an expert that was not chosen, and a chosen one takes away. None for none.
 
-    `down` (D, H), where given, replaces the output weights (its columns are the dense layer's neurons), and `shift` (D,)
-    is added to the layer's bias: the layer with all experts is then not the dense one any more."""
+    `down` (D, H), where given, replaces the output weights (its columns are the dense layer's neurons), and `shift`
+    (D,) is added to the layer's bias: the layer with all experts is then not the dense one any more."""
 
     shared: Tensor
     experts: Sequence[Tensor]

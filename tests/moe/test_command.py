@@ -170,7 +170,7 @@ def test_without_training_ours_is_at_least_3_db_above_random_on_the_digits(
     assert found["moe-best"]["sqnr_db"] > found["random"]["sqnr_db"] + 3
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

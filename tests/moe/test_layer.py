@@ -189,8 +189,11 @@ def test_the_parallel_layers_of_flux_single_blocks_are_left_dense_and_named() ->
     assert list(convertible(model, layout)) == ["transformer_blocks.0.ff", "transformer_blocks.0.ff_context"]
 
 
-@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "CogVideoXTransformer3DModel", "AuraFlowTransformer2DModel",
-                                  "Lumina2Transformer2DModel", "AllegroTransformer3DModel"])  # fmt: skip
+OTHERS = ("PixArtTransformer2DModel", "CogVideoXTransformer3DModel", "AuraFlowTransformer2DModel",
+          "Lumina2Transformer2DModel", "AllegroTransformer3DModel")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_an_empty_model_of_other_classes_takes_expert_layers(name: str) -> None:
     from ditcompress.models import build_meta
 
