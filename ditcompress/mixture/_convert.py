@@ -149,12 +149,13 @@ def _filled(model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, spli
     moe = build(model, layout, axis, spec, split.order)
     (out,) = readers(layout, axis)
     inner = out.name[len(feed_forward_path(model, axis, layout)) + 1 :]
-    parts = [(moe.shared, split.shared)] if moe.shared is not None else []
+    parts: list[tuple[nn.Module, Tensor]] = [(moe.shared, split.shared)] if moe.shared is not None else []
     with torch.no_grad():
         moe.router.weight.copy_(split.router_weight)
         moe.router.bias.copy_(split.router_bias)
-        for part, own in [*parts, *zip(moe.experts, split.experts, strict=True)] if split.down is not None else []:
-            part.get_submodule(inner).weight.copy_(split.down[:, own])  # type: ignore[union-attr, operator]
+        if split.down is not None:
+            for part, own in [*parts, *zip(moe.experts, split.experts, strict=True)]:
+                part.get_submodule(inner).weight.copy_(split.down[:, own])  # type: ignore[union-attr, operator]
         if split.offsets is not None:
             assert moe.bias is not None
             moved = split.offsets.double().sum(0) + (0 if split.shift is None else split.shift.double())
