@@ -20,6 +20,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "moe",
     "prune",
     "q_sched",
     "quantize",

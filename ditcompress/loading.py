@@ -29,6 +29,7 @@ from . import bnb
 from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
+from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import adapter_for, build_meta, class_of
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
@@ -49,10 +50,12 @@ class _Fields(Strict):
     schemes: dict[str, dict[str, Any]]
     layers: dict[str, str]
     shapes: dict[str, int] = Field(default_factory=dict)
+    experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model: schemes by number, and the scheme of each linear.
+    """The `quantization_config` of a compressed model: schemes by number, the scheme of each linear, and the expert
+    layers by path.
 
     Raises E320 naming the key for a configuration of another version, or one that is not exactly of this shape.
     """
@@ -64,6 +67,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         shapes: Mapping[str, int] | None = None,
         version: int = VERSION,
         recipe: str = "",
+        experts: Mapping[str, Any] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -72,13 +76,14 @@ class DitcompressConfig(QuantizationConfigMixin):
                 "E320", f"{WHERE}.version", f"is {version!r}, this release reads {VERSION}", "upgrade ditcompress"
             )
         try:
-            given = {"recipe": recipe, "schemes": schemes, "layers": layers, "shapes": shapes or {}, **unknown}
-            fields = _Fields.model_validate(given)
+            given = {"recipe": recipe, "schemes": schemes, "layers": layers, **unknown}
+            fields = _Fields.model_validate({**given, "shapes": shapes or {}, "experts": experts or {}})
         except ValidationError as error:
             raise refuse(WHERE, error) from None
         self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
         self.version, self.recipe = version, fields.recipe
-        self.schemes, self.layers, self.shapes = fields.schemes, fields.layers, fields.shapes
+        self.schemes, self.layers = fields.schemes, fields.layers
+        self.shapes, self.experts = fields.shapes, fields.experts
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -86,6 +91,8 @@ class DitcompressConfig(QuantizationConfigMixin):
         quantization = config.get("quantization_config")
         if quantization is None or bnb.used(config):
             return None
+        if isinstance(quantization, DitcompressConfig):  # of a model in memory
+            return quantization
         if not isinstance(quantization, Mapping):
             raise DitcompressError("E320", WHERE, "is not an object", "compress the original again")
         return DitcompressConfig(**quantization)
@@ -98,6 +105,7 @@ class DitcompressConfig(QuantizationConfigMixin):
             "schemes": self.schemes,
             "layers": self.layers,
             **({"shapes": self.shapes} if self.shapes else {}),
+            **({"experts": self.experts} if self.experts else {}),
         }
 
     to_diff_dict = to_dict
@@ -113,6 +121,10 @@ class DitcompressConfig(QuantizationConfigMixin):
                 where = f"{WHERE}.layers.{layer}"
                 raise DitcompressError("E320", where, f"there is no scheme {number!r}", "compress the original again")
         return {layer: built[number] for layer, number in self.layers.items()}
+
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """The expert layers by path; E320 when an entry is not valid."""
+        return {path: ExpertLayer.from_json(value, f"{WHERE}.experts.{path}") for path, value in self.experts.items()}
 
 
 class DitcompressQuantizer(DiffusersQuantizer):
@@ -141,10 +153,12 @@ class DitcompressQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         assert isinstance(config, DitcompressConfig)
         apply_shapes(model, config.shapes)
+        apply_experts(model, config.expert_layers())
         apply_schemes(model, config.layer_schemes())
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
+            check_expert_names(model, config.experts, self.present)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
@@ -230,8 +244,8 @@ def apply_shapes(model: nn.Module, shapes: Mapping[str, int]) -> None:
 
 
 def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Full name and dtype of every tensor that packed layers store (biases are ordinary parameters)."""
-    return {
+    """Full name and dtype of every tensor that packed layers and routers store (biases are ordinary parameters)."""
+    return router_dtypes(model) | {
         f"{path}.{name}": dtype
         for path, module in model.named_modules()
         if isinstance(module, PackedLinear)
@@ -242,7 +256,16 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 def check_layer_names(model: nn.Module, layers: Collection[str], present: Collection[str]) -> None:
     """Packed layers have exactly the tensors their schemes ask for: E315 one is missing, E316 one too many."""
     expected = {f"{layer}.{name}" for layer in layers for name in model.get_submodule(layer).state_dict()}
-    found = {name for name in present if name.rpartition(".")[0] in layers}
+    _compare_names(expected, {name for name in present if name.rpartition(".")[0] in layers})
+
+
+def check_expert_names(model: nn.Module, paths: Collection[str], present: Collection[str]) -> None:
+    """Expert layers have exactly their tensors: a missing one would be noise. E315 and E316 as above."""
+    inside = tuple(f"{path}." for path in paths)
+    _compare_names(names_inside(model, paths), {name for name in present if inside and name.startswith(inside)})
+
+
+def _compare_names(expected: set[str], found: set[str]) -> None:
     for code, names, what in (
         ("E315", expected - found, "is missing from the weight files"),
         ("E316", found - expected, "has no place in the layer that config.json describes"),
@@ -286,11 +309,13 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def plain_model(config: Mapping[str, Any]) -> nn.Module:
-    """The model that `config` describes before any linear is packed, with its own widths, without any data."""
+    """The model that `config` describes before any linear is packed, with its own widths and expert layers, without
+    any data."""
     model = build_meta(_plain(config))
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_shapes(model, layers.shapes)
+        apply_experts(model, layers.expert_layers())
     return model
 
 
@@ -376,6 +401,7 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_shapes(model, layers.shapes)
+        apply_experts(model, layers.expert_layers())
         apply_schemes(model, layers.layer_schemes())
         as_loaded(model, layers)
     return model

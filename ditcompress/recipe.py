@@ -282,12 +282,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     value = read_yaml(text, path.name)
     if isinstance(value, dict):
         value.setdefault("name", path.stem)
-    for override in overrides:
-        _override(value, override)
+    for change in overrides:
+        override(value, change)
     return parse_recipe(value, path.name)
 
 
-def _override(value: Any, text: str) -> None:
+def override(value: Any, text: str) -> None:
     """Set one value: `calibration.samples=8`, `rules.0.rank=16`; `*` stands for every entry of a list."""
     path, found, raw = text.partition("=")
     if not found or not path:

@@ -268,21 +268,28 @@ def split_ffn(
 
     Returns the new module and leaves the model as it is; `feed_forward_path` tells where to put it.
     """
+    return SplitFeedForward(*expert_modules(model, axis, layout, partition))
+
+
+def expert_modules(
+    model: nn.Module, axis: str | Axis, layout: Layout, partition: Sequence[Sequence[int]]
+) -> tuple[list[nn.Module], Tensor | None]:
+    """One narrow copy of the feed-forward of `axis` per group of `partition`, without its output bias (features,),
+    which comes beside them. Their sum and the bias are the dense module; the model is left as it is."""
     axis = _axis(layout, axis)
     path = feed_forward_path(model, axis, layout)
     _check_units(axis, [unit for group in partition for unit in group], every=True)
     dense = model.get_submodule(path)
     (reader,) = readers(layout, axis.name)
     inner = reader.name[len(path) + 1 :]
-    output = dense.get_submodule(inner)
-    bias = getattr(output, "bias", None)
+    bias = getattr(dense.get_submodule(inner), "bias", None)
     experts = []
     for group in partition:
         expert = copy.deepcopy(dense)
         expert.get_submodule(inner).bias = None  # type: ignore[assignment]
         _take(_Rooted(expert, path), axis, layout, group)
         experts.append(expert)
-    return SplitFeedForward(experts, None if bias is None else bias.detach().clone())
+    return experts, None if bias is None else bias.detach().clone()
 
 
 class _Rooted(nn.Module):

@@ -8,6 +8,7 @@ from .depth import PruneResult, prune, sensitivity
 from .distill import DistillResult, distill
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
+from .moe import moe
 from .q_sched import q_sched
 from .runs import compare, sample
 
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "moe",
     "parse_margins",
     "prune",
     "q_sched",

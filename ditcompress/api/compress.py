@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,8 @@ def quantize(
     plan = checked_plan(chosen, layout)
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
     plan = checked_plan(chosen, layout)
+    if chosen.backend == "bitsandbytes" and checkpoint.quantization is not None:
+        raise DitcompressError("E205", path, "has expert layers", "use a recipe that is not of bitsandbytes")
     plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     for note in fallbacks(chosen, plan, layout):
         reporter.note(note)
@@ -250,7 +252,16 @@ def copy_scheduler(folder: Path, partial: Path) -> None:
     (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())
 
 
+def with_experts(quantization: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The new `quantization_config` with the expert layers of the model that was quantized."""
+    before = DitcompressConfig.of(config)
+    if before is None or not before.experts:
+        return quantization
+    return {**quantization, "experts": before.experts}
+
+
 def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> None:
+    quantization = with_experts(quantization, config)
     text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
 
@@ -307,7 +318,7 @@ def _quantize_module(
         reporter=reporter,
     )  # fmt: skip
     compressed = copy.deepcopy(model)
-    fields = engine.quantization_config(recipe.name, outcome)
+    fields = with_experts(engine.quantization_config(recipe.name, outcome), source.config)
     config = DitcompressConfig(**{key: value for key, value in fields.items() if key != "quant_method"})
     apply_schemes(compressed, config.layer_schemes())
     compressed.load_state_dict(sink.tensors, strict=True, assign=True)

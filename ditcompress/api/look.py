@@ -15,15 +15,15 @@ from ..loading import meta_model, open_model, plain_model
 from ..models import account, adapter_for
 from ..registry import nearest
 from ..runtime.linear import PackedLinear
+from ..runtime.moe import feed_forwards, idle_parameters, router_parameters
 from .calibration import pick_dtype
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """Architecture, blocks, roles, bytes and bits of a checkpoint, from its headers. The roles cover every tensor."""
     checkpoint, model = open_model(path)
-    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     empty = plain_model(checkpoint.config)
-    adapter = adapter_for(plain)
+    adapter = adapter_for(checkpoint.config)
     layout = adapter.layout(empty)
     blocks: dict[str, int] = {}
     for block in layout.blocks:
@@ -38,12 +38,24 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "class": checkpoint.class_name,
         "adapter": adapter.__name__.rpartition(".")[2],
         "blocks": blocks,
-        "parameters": sum(p.numel() for p in empty.parameters()),
+        "parameters": sum(p.numel() for p in empty.parameters()) + router_parameters(empty),
+        "active_parameters": sum(p.numel() for p in empty.parameters())
+        + router_parameters(empty)
+        - idle_parameters(empty),
+        "experts": _experts(empty),
         "bytes": checkpoint.total_bytes,
         "recipe": bnb.recipe_name(checkpoint.config),
         "bits": 8 * stored / weights if weights else None,
         "roles": _roles(checkpoint, empty, layout),
         "layers": [_layer(checkpoint, site, packed.get(site.name), foreign.get(site.name)) for site in layout.sites],
+    }
+
+
+def _experts(model: Any) -> dict[str, str]:
+    """How every expert layer is made, in words, by path."""
+    return {
+        path: f"{m.active} of {len(m.experts)} routed experts{'' if m.shared is None else ', 1 shared'}"
+        for path, m in feed_forwards(model).items()
     }
 
 
@@ -111,6 +123,10 @@ def export(
     checkpoint, _ = open_model(folder)
     if bnb.used(checkpoint.config):
         raise DitcompressError("E205", folder, "is stored by bitsandbytes", "export a result of another recipe")
+    if format == "diffusers" and (checkpoint.quantization or {}).get("experts"):
+        raise DitcompressError(
+            "E205", folder, "has expert layers, which no plain model has", "use --format safetensors"
+        )
     if checkpoint.quantization is None:
         raise DitcompressError("E205", folder, "is not compressed", "give the output of `ditcompress quantize`")
     target = Path(out)
@@ -136,13 +152,14 @@ def explain(name: str) -> dict[str, Any]:
     E201 for a name that nothing has."""
     from ..evaluation import distribution, external, extractors, layouts, metrics
     from ..formats.base import registry as formats
+    from ..mixture import registry as mixtures
     from ..pruning.base import registry as prunings
     from ..quantization.base import registry as steps
 
     kinds = {
-        "steps": steps, "pruning methods": prunings, "formats": formats, "metrics": metrics.registry,
-        "distributions": distribution.registry, "external": external.registry, "extractors": extractors.registry,
-        "layouts": layouts.registry, "exporters": exporters,
+        "steps": steps, "pruning methods": prunings, "expert methods": mixtures, "formats": formats,
+        "metrics": metrics.registry, "distributions": distribution.registry, "external": external.registry,
+        "extractors": extractors.registry, "layouts": layouts.registry, "exporters": exporters,
     }  # fmt: skip
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}

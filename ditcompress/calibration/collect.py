@@ -24,6 +24,7 @@ from ..checkpoint.writer import save_atomic
 from ..console import Reporter, Silent
 from ..models.base import Layout
 from .conditions import Conditions
+from .idle import fill_idle
 from .sensitivity import token_weights
 from .statistics import InputStatistics, Statistics, flatten, keep_best, unflatten
 from .trajectory import Sampling, StepRecord, generator, prepare, sample
@@ -289,6 +290,7 @@ class _Run:
         return min(int(timestep / self.range * self.settings.buckets), self.settings.buckets - 1)
 
     def result(self) -> Statistics:
+        fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}
         for (

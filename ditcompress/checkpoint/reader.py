@@ -200,8 +200,8 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
     if checkpoint.quantization is not None:
         fields: Any = checkpoint.quantization
         method = fields.get("quant_method") if isinstance(fields, dict) else None
-        narrow = method == "ditcompress" and bool(fields.get("shapes")) and not fields.get("layers")
-        if not _readable(fields, method) or not (allow_compressed or narrow):  # narrower layers are plain weights
+        unpacked = _experts_only(fields) or _narrow_only(fields)
+        if not _readable(fields, method) or not (allow_compressed or unpacked):
             what = f"this model is already quantized by {printable(method or 'an unnamed method', 40)}"
             raise DitcompressError("E322", f"{label(checkpoint.folder)}: quantization_config", what, ORIGINAL)
         return
@@ -218,6 +218,16 @@ def _readable(fields: Any, method: Any) -> bool:
     """Whether we can decode what this method stores: our own form, and that of bitsandbytes."""
     widths = ("load_in_4bit", "load_in_8bit")
     return method == "ditcompress" or (method == "bitsandbytes" and any(fields.get(key) is True for key in widths))
+
+
+def _experts_only(fields: Any) -> bool:
+    """Whether this is a model of ours with expert layers in which no weight is packed: it can still be quantized."""
+    return fields.get("quant_method") == "ditcompress" and bool(fields.get("experts")) and fields.get("layers") == {}
+
+
+def _narrow_only(fields: Any) -> bool:
+    """Whether this is a model of ours with narrower layers in which no weight is packed."""
+    return fields.get("quant_method") == "ditcompress" and bool(fields.get("shapes")) and not fields.get("layers")
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

@@ -52,7 +52,12 @@ def _show(facts: dict[str, Any], layers: bool) -> None:
     ]
     if facts["recipe"]:
         head.append(["compressed with", facts["recipe"]])
+    if facts["bits"] is not None:
         head.append(["bits per quantized weight", f"{facts['bits']:.3f}"])
+    if facts["experts"]:
+        kinds = sorted(set(facts["experts"].values()))
+        head.append(["expert layers", f"{len(facts['experts'])}: {'; '.join(kinds)}"])
+        head.append(["parameters a token meets", f"{facts['active_parameters']:,}"])
     print_table(facts["name"], ["what", "value"], head)
     rows = [
         [

@@ -11,6 +11,7 @@ from torch import nn
 from ..calibration.trajectory import prepare
 from ..checkpoint.reader import Checkpoint
 from ..runtime.linear import PackedLinear
+from ..runtime.moe import Router, idle_parameters, router_parameters
 from .integrity import Fresh
 from .layers import LayerOutput
 from .subject import Subject
@@ -30,7 +31,8 @@ def resident_bytes(model: nn.Module) -> int:
 def logical_parameters(model: nn.Module) -> int:
     """Parameters as the model computes with them: a packed linear counts its weight matrix."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+    plain = sum(p.numel() for p in model.parameters()) + router_parameters(model)
+    return plain + sum(m.in_features * m.out_features for m in packed)
 
 
 def tensor_bytes(checkpoint: Checkpoint) -> int:
@@ -54,7 +56,7 @@ def sizes(subject: Subject, layers: list[LayerOutput], fresh: Mapping[str, Fresh
             "block_bytes": sum(e.stop - e.start for n, e in entries if n.startswith(blocks)),
             "resident_bytes": resident_bytes(model),
             "parameters": logical_parameters(model),
-            "active_parameters": logical_parameters(model),
+            "active_parameters": logical_parameters(model) - idle_parameters(model),
             "flops": forward_flops(subject, model),
             "loaded_bytes": fresh[key].resident if key in fresh else None,
             "peak_bytes": fresh[key].peak if key in fresh else None,
@@ -88,10 +90,13 @@ def forward_flops(subject: Subject, model: nn.Module) -> int:
         nonlocal counted
         rows = output.numel() // output.shape[-1]
         rank = module.scheme.rank if isinstance(module, PackedLinear) else 0
-        wide, high = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+        if isinstance(module, Router):
+            high, wide = module.weight.shape
+        else:
+            wide, high = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
         counted += 2 * rows * (wide * high + rank * (wide + high))
 
-    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, PackedLinear, Router))]
     handles = [module.register_forward_hook(linear) for module in linears]
     try:
         with FlopCounterMode(display=False) as counter:

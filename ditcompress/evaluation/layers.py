@@ -66,7 +66,8 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 def compare_layers(subject: Subject) -> list[LayerOutput]:
     """One record for each packed linear, in forward order, on a few images in the middle of their trajectory."""
     kinds = (PackedLinear, DecodedLinear)
-    packed = {name: m for name, m in subject.compressed.named_modules() if isinstance(m, kinds)}
+    known = {name for name, _ in subject.original.named_modules()}  # a linear of an expert has no counterpart
+    packed = {n: m for n, m in subject.compressed.named_modules() if isinstance(m, kinds) and n in known}
     if not packed:
         return []
     indices = list(range(min(IMAGES, subject.conditions.count)))

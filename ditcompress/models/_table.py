@@ -107,6 +107,8 @@ class Table:
         Gated ones (GEGLU, SwiGLU) write the axis twice, value rows first: the value is used linearly, so a scale
         folds into it. An activation such as GELU lets no scale through.
         """
+        if self.is_moe(path):
+            return self.experts(path, block)
         first, second = f"{path}.net.0.proj", f"{path}.net.2"
         width = self.columns(second)
         copies = self.rows(first) // width
@@ -115,6 +117,23 @@ class Table:
         self.site(first, "ffn_in", (reads,), (axis,) * copies, block)
         self.site(second, "ffn_out", (axis,), ("",), block)
         return axis
+
+    def is_moe(self, path: str) -> bool:
+        """Whether an expert layer (runtime/moe.py) stands at `path`."""
+        return f"{path}.router" in self.modules and f"{path}.experts" in self.modules
+
+    def experts(self, path: str, block: str) -> str:
+        """The feed-forwards inside an expert layer. All read its input, and the router too, so nothing folds into it:
+        one axis where a shared expert sees every token, else an input for each expert."""
+        shared = f"{path}.shared"
+        count = sum(1 for _ in self.modules[f"{path}.experts"].children())
+        reads = ""
+        if self.has(f"{shared}.net.0.proj"):
+            reads = self.axis(f"{path}.in", self.columns(f"{shared}.net.0.proj"), "channel")
+            self.feed_forward(shared, reads, block)
+        for index in range(count):
+            self.feed_forward(f"{path}.experts.{index}", reads, block)
+        return reads
 
     def two_layers(self, path: str, role: str, block: str = "", reads: str = "") -> None:
         """linear_1, activation, linear_2 (TimestepEmbedding, text projections)."""

@@ -50,8 +50,10 @@ def _block(table: Table, block: str, caption: str) -> None:
     if table.has(f"{block}.attn2.to_q"):
         context = caption or table.axis(f"{block}.caption", table.columns(f"{block}.attn2.to_k"), "channel")
         table.attention(f"{block}.attn2", "", block, context=context)
-    feed_forward = table.axis(f"{block}.norm2.out", table.columns(f"{block}.ff.net.0.proj"), "channel")
-    table.feed_forward(f"{block}.ff", feed_forward, block)
+    hidden = ""  # experts read their layer's own input
+    if not table.is_moe(f"{block}.ff"):
+        hidden = table.axis(f"{block}.norm2.out", table.columns(f"{block}.ff.net.0.proj"), "channel")
+    table.feed_forward(f"{block}.ff", hidden, block)
 
 
 def latent_shape(config: Mapping[str, Any]) -> tuple[int, ...]:

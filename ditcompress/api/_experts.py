@@ -1,0 +1,100 @@
+"""What `moe` may be told by --set, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from ..errors import DitcompressError
+from ..experts import ExpertLayer
+from ..mixture import token_operations
+from ..recipe import Calibration, Training, override
+from ..registry import nearest
+from ..runtime.moe import feed_forwards, idle_parameters, router_parameters
+
+
+class ExpertTraining(Training):
+    """The trainer's fields and: `balance` weighs the load-balance loss (Dense2MoE: 0.01), `router_rate` is the router's
+    learning rate, `shared` whether the shared experts learn too."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    features: float = Field(1.0, ge=0)
+    balance: float = Field(0.01, ge=0)
+    router_rate: float = Field(1e-3, gt=0)
+    shared: bool = True
+
+
+class ExpertSettings(BaseModel):
+    """`method` holds the method's own parameters; `gate` how chosen experts count (see runtime/moe.py); `probe` the
+    batches of states on which the use of the experts is measured, and `scoring` those of the Taylor scores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: dict[str, Any] = {}
+    gate: Literal["one", "share"] = "one"
+    probe: int = Field(4, ge=1, le=1000)
+    scoring: int = Field(16, ge=1, le=10_000)
+    calibration: Calibration = Calibration(samples=64, reservoir=4096)
+    training: ExpertTraining = ExpertTraining()
+
+
+def settings_from(overrides: Sequence[str], steps: int) -> ExpertSettings:
+    """The settings after `key=value` overrides; E202 names an unknown key."""
+    value: dict[str, Any] = {"method": {}, "calibration": {"samples": 64, "reservoir": 4096}, "training": {}}
+    for change in overrides:
+        override(value, change)
+    value["training"]["steps"] = max(1, steps)
+    try:
+        return ExpertSettings.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        unknown = first["type"] == "extra_forbidden"
+        inner: dict[str, type[BaseModel]] = {"calibration": Calibration, "training": ExpertTraining}
+        known = list((inner.get(place[0], ExpertSettings) if len(place) > 1 else ExpertSettings).model_fields)
+        what = "unknown key" if unknown else first["msg"]
+        raise DitcompressError(
+            "E202", f"--set {'.'.join(place)}", what, nearest(place[-1], known) if unknown else "change the value"
+        ) from None
+
+
+def facts_of(
+    dense: nn.Module, sparse: nn.Module, specs: Mapping[str, ExpertLayer], method: str, sqnr: float,
+    use: Mapping[str, Mapping[str, Any]], left: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What moe.json holds: parameters counted from the modules, operations of one token in the converted feed-forwards,
+    the use of the experts by layer."""
+    operations = [token_operations(layer) for layer in feed_forwards(sparse).values()]
+    before, after = (sum(column) for column in zip(*operations, strict=True))
+    total = sum(p.numel() for p in sparse.parameters()) + router_parameters(sparse)
+    every = [row["busiest"] for row in use.values()]
+    return {
+        "method": method,
+        "sqnr_db": sqnr,
+        "parameters": {
+            "dense": sum(p.numel() for p in dense.parameters()), "total": total,
+            "active": total - idle_parameters(sparse),
+        },
+        "feed_forward_flops_per_token": {"dense": before, "active": after},
+        "active_neurons": sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values()),
+        "busiest": max(every),
+        "layers": {path: {**specs[path].to_json(), **use[path]} for path in specs},
+        "left_dense": list(left),
+    }  # fmt: skip
+
+
+def card(name: str, class_name: str, facts: Mapping[str, Any]) -> str:
+    """README.md of the folder."""
+    parameters, flops = facts["parameters"], facts["feed_forward_flops_per_token"]
+    return "\n".join([
+        "---", "library_name: diffusers", "tags: [ditcompress, mixture-of-experts]", "---", "",
+        f"# {name} with expert layers", "",
+        f"{len(facts['layers'])} feed-forwards of {class_name} became experts by `ditcompress moe` "
+        f"({facts['method']}): a token meets {parameters['active']:,} of {parameters['total']:,} parameters "
+        f"(dense: {parameters['dense']:,}) and {flops['active'] / flops['dense']:.1%} of their operations.",
+        "", "```python", "import ditcompress  # enters itself into diffusers' quantizer mappings",
+        f"from diffusers import {class_name}", "", f'model = {class_name}.from_pretrained("FOLDER")', "```", "",
+        "moe.json says how every layer was split and how evenly its experts are used.", "",
+    ])  # fmt: skip

@@ -1,0 +1,254 @@
+"""moe: a dense checkpoint into one whose feed-forwards are experts, optionally distilled from the dense model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.schedulers import load_scheduler
+from ..calibration.trajectory import Sampling
+from ..checkpoint.reader import Checkpoint, check_finite
+from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..console import Reporter, Silent
+from ..distill.data import Trajectories
+from ..distill.trainer import Settings, train
+from ..errors import DitcompressError
+from ..experts import ExpertLayer, convertible, left_dense
+from ..loading import load_model, open_model
+from ..mixture import (
+    Experts,
+    Weights,
+    convert,
+    measured,
+    method_of,
+    neuron_importance,
+    params_of,
+    registry,
+    specs_for,
+)
+from ..models import adapter_for
+from ..models.base import Layout
+from ..structure import writers
+from ._experts import ExpertSettings, card, facts_of, settings_from
+from ._training import Driven
+from .calibration import cached_statistics, conditions_for, pick_device, pick_dtype, settings_of
+from .compress import copy_scheduler
+
+REPORT = "moe.json"
+CALIBRATION_BATCH = 8  # images at a time: more forward passes, so more of the reservoir's tokens differ
+PROBE_SIZE, IMPORTANCE_SIZE = 32, 8  # states of a batch
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    out: Path
+    method: ModuleType
+    params: Any
+    settings: ExpertSettings
+    specs: dict[str, ExpertLayer]
+    distill: int
+    conditions: str | Path | None
+    scheduler: str | Path | None
+    seed: int
+    device: str
+    dtype: str
+    restart: bool
+    reporter: Reporter
+
+    @property
+    def name(self) -> str:
+        return self.method.__name__.rpartition(".")[2].replace("_", "-")
+
+
+def moe(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    experts: int = 8,
+    active: int = 2,
+    shared: int = 1,
+    method: str = "moe-best",
+    distill_steps: int = 0,
+    overrides: Sequence[str] = (),
+    conditions: str | Path | None = None,
+    scheduler: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write `path` to the folder `out` with every feed-forward cut into `experts` equal parts: `shared` of them always
+    on, the others routed, `active` of which run for a token. Returns what moe.json holds.
+
+    `method` splits and routes without training; `distill_steps` then trains routers and experts against the dense
+    model. E203 for numbers that do not fit, E205 for a model without feed-forwards that are modules of their own.
+    """
+    reporter = reporter or Silent()
+    checkpoint, meta = open_model(Path(path), allow_compressed=False)
+    if checkpoint.quantization is not None:
+        raise DitcompressError("E322", path, "has expert layers already", "give the dense original")
+    if distill_steps < 0:
+        raise DitcompressError("E203", f"--distill-steps {distill_steps}", "is negative", "give 0 for none")
+    chosen, settings = method_of(method), settings_from(overrides, distill_steps)
+    params = params_of(chosen, settings.method)
+    layout = adapter_for(checkpoint.config).layout(meta)
+    offset = bool(getattr(params, "offsets", False))
+    specs = specs_for(meta, layout, experts, shared, active, settings.gate, offset)
+    left = left_dense(meta, layout)
+    if left:
+        reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
+    pick_device(device), pick_dtype(dtype)
+    if dry_run:
+        layers = {name: spec.to_json() for name, spec in specs.items()}
+        share = sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values())
+        return {"method": method, "active_neurons": share, "layers": layers, "left_dense": left, "written": False}
+    target = Path(out) if out else Path(path).with_name(f"{Path(path).name.removesuffix('.safetensors')}-moe")
+    job = _Job(Path(path), target, chosen, params, settings, specs, distill_steps, conditions, scheduler, seed, device,
+               dtype, restart, reporter)  # fmt: skip
+    return _write(job, checkpoint, layout, left, overwrite)
+
+
+def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], overwrite: bool) -> dict[str, Any]:
+    marks = {"model": checkpoint.fingerprint, "method": job.name, "params": job.params.model_dump(mode="json"),
+             "settings": job.settings.model_dump(mode="json"), "seed": job.seed, "torch": torch.__version__,
+             "distill": job.distill, "layers": {n: s.to_json() for n, s in job.specs.items()}}  # fmt: skip
+    manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
+                "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
+    with output_folder(
+        job.out, overwrite=overwrite, inputs=[job.path], planned_bytes=checkpoint.total_bytes, manifest=manifest
+    ) as partial:
+        check_finite(checkpoint, job.reporter)
+        journal = work_folder(job.out, marks, restart=job.restart) if job.distill else None
+        by = _driven(job, checkpoint)
+        sparse, losses = _converted(job, checkpoint, layout, by, journal)
+        probe = _states(job, by, 104_729, images=32)
+        batches = [probe.batch(n, PROBE_SIZE) for n in range(job.settings.probe)]
+        sqnr, use = measured(by.model, sparse, by.adapter, batches)
+        facts = {**facts_of(by.model, sparse, job.specs, job.name, sqnr, use, left), "seed": job.seed,
+                 "states": len(batches) * PROBE_SIZE, "conditions": by.conditions.source}  # fmt: skip
+        if losses:
+            tail = losses[-20:]
+            facts["distilled"] = {"steps": len(losses), "first": losses[0], "last": sum(tail) / len(tail)}
+        _write_folder(job, checkpoint, sparse, facts, partial)
+        checkpoint.verify_unchanged()
+    remove_work(journal)
+    return {"out": str(job.out), **facts}
+
+
+def _driven(job: _Job, checkpoint: Checkpoint) -> Driven:
+    """The dense model in float32 with what drives it."""
+    adapter = adapter_for(checkpoint.config)
+    model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(job.device))
+    folder = Path(job.scheduler) if job.scheduler else checkpoint.scheduler_folder
+    sampler = load_scheduler(checkpoint.config, folder, adapter, job.reporter)
+    wanted = job.settings.calibration
+    settings = settings_of(wanted, job.seed, grams=False, batch=CALIBRATION_BATCH)
+    given = conditions_for(checkpoint, adapter, settings, job.conditions, job.reporter)
+    guidance = adapter.default_guidance(checkpoint.config) if wanted.guidance is None else wanted.guidance
+    return Driven(model, adapter, checkpoint.config, sampler, given, float(guidance))
+
+
+def _states(job: _Job, by: Driven, offset: int, images: int) -> Trajectories:
+    """States of the dense model's trajectories under noise of their own."""
+    wanted = job.settings.training
+    sampling = Sampling(wanted.sample_steps, by.guidance, job.seed + offset, batch=16)
+    return Trajectories(
+        by.model, by.adapter, by.config, by.scheduler, by.conditions, sampling, images=images, refresh=wanted.refresh,
+        null=wanted.null,
+    )  # fmt: skip
+
+
+def _converted(
+    job: _Job, checkpoint: Checkpoint, layout: Layout, by: Driven, journal: Path | None
+) -> tuple[nn.Module, tuple[float, ...]]:
+    """The model with expert layers, and the losses of its training."""
+    axes, needs = convertible(by.model, layout), job.method.NEEDS
+    tokens: dict[str, Tensor] = {}
+    if "tokens" in needs:
+        settings = settings_of(job.settings.calibration, job.seed, grams=False, batch=CALIBRATION_BATCH)
+        found = cached_statistics(
+            checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
+        ).inputs  # fmt: skip
+        keys = {path: writers(layout, axis)[0].input_key for path, axis in axes.items()}
+        tokens = {path: found[key].reservoir for path, key in keys.items()}
+        if not all(len(rows) for rows in tokens.values()):
+            raise DitcompressError("E331", "calibration", "kept no tokens", "raise calibration.reservoir")
+    importance: dict[str, Tensor] = {}
+    if "importance" in needs:
+        importance = neuron_importance(
+            by.model, layout, axes, _states(job, by, 15_485_863, images=32), batches=job.settings.scoring,
+            size=IMPORTANCE_SIZE, seed=job.seed,
+        )  # fmt: skip
+    parts = convert(
+        by.model, layout, job.specs, job.method, job.params, tokens, importance, seed=job.seed, reporter=job.reporter
+    )
+    sparse = copy.deepcopy(by.model)
+    for path, part in parts.items():
+        sparse.set_submodule(path, part)
+    return sparse, _distilled(job, layout, by, sparse, journal) if job.distill else ()
+
+
+def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal: Path | None) -> tuple[float, ...]:
+    """Train the expert layers of `sparse` in place; the losses."""
+    wanted = job.settings.training
+    data = _states(job, by, 7919, images=wanted.images)
+    weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        task = Experts(by.model, sparse, layout, data, weights, wanted.batch)
+        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
+        history = train(task, settings, journal=journal, reporter=job.reporter)
+    task.finish()
+    return history.losses
+
+
+def _write_folder(job: _Job, checkpoint: Checkpoint, sparse: nn.Module, facts: dict[str, Any], partial: Path) -> None:
+    """Weights in the dtypes of the original (routers in float32), config.json, moe.json, scheduler and card."""
+    folder = partial / (checkpoint.component if checkpoint.pipeline else "")
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder)
+    state = sparse.state_dict()
+    dense = {path: _dtype_inside(checkpoint, path) for path in job.specs}
+    for name in sorted(state):
+        inside = next((path for path in job.specs if name.startswith(f"{path}.")), None)
+        if inside is None:
+            writer.add(name, checkpoint.read(name))
+        else:
+            exact = name.startswith(f"{inside}.router.") or state[name].dim() == 1  # sums of offsets, and few bytes
+            dtype = torch.float32 if exact else dense[inside]
+            writer.add(name, state[name].detach().to("cpu", dtype).contiguous())
+    facts["bytes"] = sum(file.stat().st_size for file in writer.finish())
+    facts["original_bytes"] = checkpoint.total_bytes
+    entry = {"quant_method": "ditcompress", "version": 1, "recipe": f"moe {job.name}", "schemes": {}, "layers": {},
+             "experts": {path: spec.to_json() for path, spec in job.specs.items()}}  # fmt: skip
+    text = json.dumps({**checkpoint.config, "quantization_config": entry}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n")
+    (partial / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
+    elif checkpoint.scheduler_folder:
+        copy_scheduler(checkpoint.scheduler_folder, partial)
+    (partial / "README.md").write_text(card(job.path.name, checkpoint.class_name, facts), encoding="utf-8")
+
+
+def _dtype_inside(checkpoint: Checkpoint, path: str) -> torch.dtype:
+    """The dtype of the dense feed-forward's largest tensor."""
+    found = [entry for name, entry in checkpoint.tensors.items() if name.startswith(f"{path}.")]
+    return max(found, key=lambda entry: entry.stop - entry.start).dtype
+
+
+def moe_methods() -> list[str]:
+    """Names of the methods."""
+    return [name.replace("_", "-") for name in registry.names()]

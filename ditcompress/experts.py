@@ -1,0 +1,170 @@
+"""Expert layers in a model: what config.json says of them, and the modules built from it before weights are loaded.
+
+An expert layer holds every neuron of the dense feed-forward once: `shared` of them always on, `width` in each of the
+`experts`. The model's own table (models/) says which rows and columns a neuron is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from .errors import DitcompressError
+from .models import adapter_for
+from .models.base import Layout
+from .runtime.moe import MoEFeedForward
+from .runtime.scheme import WHERE, Strict, refuse
+from .structure import expert_modules, feed_forward_path, readers, writers
+
+
+class _Fields(Strict):
+    shared: int = Field(ge=0)
+    experts: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1)
+    active: int = Field(ge=0)
+    gate: Literal["one", "share"] = "one"
+    offset: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One entry of `quantization_config.experts`: neurons of the shared expert, number of routed experts, neurons of
+    each, how many run for a token, the gate, and whether experts carry an output bias of their own (minus the mean
+    that the layer's bias already holds)."""
+
+    shared: int
+    experts: int
+    width: int
+    active: int
+    gate: Literal["one", "share"] = "one"
+    offset: bool = False
+
+    @staticmethod
+    def from_json(value: Any, where: str) -> ExpertLayer:
+        """E320 names the key that is missing, unknown or out of range."""
+        try:
+            fields = _Fields.model_validate(value)
+        except ValidationError as error:
+            raise refuse(where, error) from None
+        if fields.active > fields.experts:
+            what = f"is {fields.active}, there are {fields.experts} experts"
+            raise DitcompressError("E320", f"{where}.active", what, "convert the original again")
+        return ExpertLayer(**fields.model_dump())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def neurons(self) -> int:
+        return self.shared + self.experts * self.width
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons that a token meets."""
+        return self.shared + self.active * self.width
+
+    def groups(self) -> list[range]:
+        """Neurons in their stored order: of the shared expert (where there is one), then of each expert."""
+        starts = [self.shared + e * self.width for e in range(self.experts)]
+        return ([range(self.shared)] if self.shared else []) + [range(s, s + self.width) for s in starts]
+
+
+def convertible(model: nn.Module, layout: Layout) -> dict[str, str]:
+    """Path and neuron axis of every feed-forward that is a module of its own inside a block, in forward order."""
+    found: dict[str, str] = {}
+    for site in layout.sites:
+        for axis in dict.fromkeys(name for name in site.writes if name and site.role == "ffn_in" and site.block):
+            if axis in found.values() or not _is_feed_forward(layout, axis):
+                continue
+            try:
+                path = feed_forward_path(model, axis, layout)
+            except DitcompressError:
+                continue
+            if not isinstance(_parent(model, path), MoEFeedForward):
+                found[path] = axis
+    return found
+
+
+def left_dense(model: nn.Module, layout: Layout) -> list[str]:
+    """Linears into feed-forwards that `convertible` leaves out: single blocks of FLUX, whose output linear also reads
+    the attention."""
+    axes = {site.name for axis in convertible(model, layout).values() for site in writers(layout, axis)}
+    inside = tuple(f"{path}." for path in (n for n, m in model.named_modules() if isinstance(m, MoEFeedForward)))
+    dense = [s.name for s in layout.sites if s.block and s.role == "ffn_in" and s.name not in axes]
+    return [name for name in dense if not name.startswith(inside)] if inside else dense
+
+
+def _is_feed_forward(layout: Layout, axis: str) -> bool:
+    known = layout.axes[axis]
+    return known.unit == "neuron" and known.cut and all(s.role == "ffn_out" for s in readers(layout, axis))
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    """The nearest module above `path` that is no list."""
+    above = path.rpartition(".")[0]
+    while above and isinstance(model.get_submodule(above), nn.ModuleList):
+        above = above.rpartition(".")[0]
+    return model.get_submodule(above) if above else model
+
+
+def build(
+    model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, order: Sequence[int] | None = None
+) -> MoEFeedForward:
+    """The expert layer of a feed-forward whose neurons are taken in `order` (their own without it); router and offsets
+    are zero. The model is left as it is. Works on the meta device."""
+    path = feed_forward_path(model, axis, layout)
+    order = range(spec.neurons) if order is None else order
+    parts, bias = expert_modules(model, axis, layout, [[order[i] for i in group] for group in spec.groups()])
+    (out,), into = readers(layout, axis), writers(layout, axis)[0]
+    inner = out.name[len(path) + 1 :]
+    shared, experts = (parts[0], parts[1:]) if spec.shared else (None, parts)
+    weight: Tensor = model.get_submodule(out.name).weight  # type: ignore[assignment]
+    if spec.offset:
+        for expert in experts:
+            zero = torch.zeros(out.out_features, dtype=weight.dtype, device=weight.device)
+            expert.get_submodule(inner).bias = nn.Parameter(zero, requires_grad=False)  # type: ignore[assignment]
+        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+    return MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate).to(weight.device)
+
+
+def check_place(layers: Mapping[str, ExpertLayer], axes: Mapping[str, str], layout: Layout) -> None:
+    """E320 when a path is no feed-forward of the model, or the experts do not hold its neurons once each."""
+    for path, spec in layers.items():
+        where = f"{WHERE}.experts.{path}"
+        if path not in axes:
+            raise DitcompressError("E320", where, "is no feed-forward of this model", "convert the original again")
+        size = layout.axes[axes[path]].size
+        if spec.neurons != size:
+            what = f"its experts hold {spec.neurons} neurons, the model has {size}"
+            raise DitcompressError("E320", where, what, "convert the original again")
+
+
+def apply_experts(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> None:
+    """Put expert layers in place of the named feed-forwards; E320 as `check_place`."""
+    if not layers:
+        return
+    layout = adapter_for(type(model).__name__).layout(model)
+    axes = convertible(model, layout)
+    check_place(layers, axes, layout)
+    for path, spec in layers.items():
+        model.set_submodule(path, build(model, layout, axes[path], spec))
+
+
+def router_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Full name and dtype of every tensor of the routers, which no cast may reach."""
+    return {
+        f"{path}.router.{name}": torch.float32
+        for path, module in model.named_modules()
+        if isinstance(module, MoEFeedForward)
+        for name in module.router.STORED
+    }
+
+
+def names_inside(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Full names of the tensors of expert layers."""
+    return {f"{path}.{name}" for path in paths for name in model.get_submodule(path).state_dict()}

@@ -1,0 +1,96 @@
+"""Routers and experts learn from the dense model: output loss, block features, and balanced use (Dense2MoE, section 3).
+
+    L = output * L_out + features * L_feat + balance * mean over layers of E sum_e f_e P_e
+
+Gates of one carry the gradient of the router's probability straight through, so that training keeps the layer as it
+runs. The teacher is the dense model, on states of its own trajectories (distill/data.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..distill.data import Trajectories
+from ..distill.losses import BlockOutputs, feature_loss, output_loss
+from ..models.base import Layout
+from ..runtime.moe import Routing, balance_loss, feed_forwards
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the losses, the router's learning rate, and whether the shared experts learn too."""
+
+    output: float = 1.0
+    features: float = 1.0
+    balance: float = 0.01
+    router_rate: float = 1e-3
+    shared: bool = True
+
+
+class Experts:
+    """The training task: the student is the dense model with expert layers; only these are trained, in place."""
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Trajectories, weights: Weights, batch: int
+    ) -> None:
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student.eval().requires_grad_(False)
+        self.data, self.weights, self.size = data, weights, batch
+        self.layers = feed_forwards(student)
+        self.routings: list[Routing] = []
+        for layer in self.layers.values():
+            layer.seen = self.routings.append
+        self.outputs = [BlockOutputs(m, layout.blocks) for m in (teacher, student)] if weights.features else []
+        for tensor in self.parameters().values():
+            tensor.requires_grad_(True)
+
+    def parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            found |= {f"{path}.router.{name}": getattr(layer.router, name) for name in layer.router.STORED}
+            for name, parameter in layer.named_parameters():
+                if self.weights.shared or not name.startswith("shared."):
+                    found[f"{path}.{name}"] = parameter
+        return found
+
+    def rates(self) -> dict[str, float]:
+        return {name: self.weights.router_rate for name in self.parameters() if ".router." in name}
+
+    def loss(self, step: int, part: int) -> Tensor:
+        batch, weights = self.data.batch(step, self.size, part), self.weights
+        for outputs in self.outputs:
+            outputs.take()
+        with torch.no_grad():
+            wanted = self.data.adapter.predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
+        self.routings.clear()
+        found = self.data.adapter.predict(self.student, batch.latents, batch.timestep, batch.cond).float()
+        loss = weights.output * output_loss(found, wanted)
+        if self.outputs:
+            teacher, student = (outputs.take() for outputs in self.outputs)
+            loss = loss + weights.features * feature_loss(student, teacher)
+        if self.routings and weights.balance:
+            parts = [balance_loss(r.probabilities, r.chosen) for r in self.routings]
+            loss = loss + weights.balance * torch.stack(parts).mean()
+        return loss
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows an update."""
+
+    def extra(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """There is nothing more to take back."""
+
+    def finish(self) -> None:
+        """Leave the student as a plain model: no hooks, no gradients."""
+        for outputs in self.outputs:
+            outputs.remove()
+        for layer in self.layers.values():
+            layer.seen = None
+        for tensor in self.parameters().values():
+            tensor.requires_grad_(False)
+            tensor.grad = None
