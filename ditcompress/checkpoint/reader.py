@@ -200,8 +200,7 @@ def _check_quantization(checkpoint: Checkpoint, allow_compressed: bool) -> None:
     if checkpoint.quantization is not None:
         fields: Any = checkpoint.quantization
         method = fields.get("quant_method") if isinstance(fields, dict) else None
-        unpacked = _experts_only(fields) or _narrow_only(fields)
-        if not _readable(fields, method) or not (allow_compressed or unpacked):
+        if not (_readable(fields, method) and (allow_compressed or _unpacked(fields))):
             what = f"this model is already quantized by {printable(method or 'an unnamed method', 40)}"
             raise DitcompressError("E322", f"{label(checkpoint.folder)}: quantization_config", what, ORIGINAL)
         return
@@ -220,14 +219,10 @@ def _readable(fields: Any, method: Any) -> bool:
     return method == "ditcompress" or (method == "bitsandbytes" and any(fields.get(key) is True for key in widths))
 
 
-def _experts_only(fields: Any) -> bool:
-    """Whether this is a model of ours with expert layers in which no weight is packed: it can still be quantized."""
-    return fields.get("quant_method") == "ditcompress" and bool(fields.get("experts")) and fields.get("layers") == {}
-
-
-def _narrow_only(fields: Any) -> bool:
-    """Whether this is a model of ours with narrower layers in which no weight is packed."""
-    return fields.get("quant_method") == "ditcompress" and bool(fields.get("shapes")) and not fields.get("layers")
+def _unpacked(fields: Any) -> bool:
+    """Whether this is a model of ours with expert or narrower layers and no packed weight: it can be quantized."""
+    ours = fields.get("quant_method") == "ditcompress"
+    return ours and not fields.get("layers") and bool(fields.get("experts") or fields.get("shapes"))
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

@@ -144,10 +144,10 @@ def test_distillation_lowers_the_loss_resumes_and_leaves_plain_weights(
     assert facts["distilled"]["steps"] == 12 and facts["distilled"]["last"] < facts["distilled"]["first"]
     step = trainer._step
 
-    def killed(task: Any, settings: Any, optimizer: Any, number: int) -> float:
+    def killed(task: Any, settings: Any, optimizer: Any, number: int, ranks: Any) -> float:
         if number == 7:
             raise KeyboardInterrupt
-        return step(task, settings, optimizer, number)
+        return step(task, settings, optimizer, number, ranks)
 
     monkeypatch.setattr(trainer, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
