@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -265,8 +266,9 @@ print("applied")
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *(str(part) for part in command)], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, *(str(part) for part in command)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "DIFFUSERS_VERBOSITY": "warning"},  # another test may have hushed this process
+    )  # fmt: skip
 
 
 def test_stock_diffusers_in_a_fresh_process_applies_the_coefficients(tuned: Path) -> None:

@@ -21,7 +21,9 @@ from ditcompress.evaluation.digits import digits_folder, load_digit_classifier
 from ditcompress.evaluation.settings import EvaluateSettings
 from ditcompress.models import dit
 
-SMALL: dict[str, Any] = {"pairs": 12, "inputs": 24, "steps": 4, "batch": 8, "guidance": 1.5, "fresh_process": False}
+SMALL: dict[str, Any] = {
+    "pairs": 12, "images": 96, "inputs": 24, "steps": 4, "batch": 8, "guidance": 1.5, "fresh_process": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

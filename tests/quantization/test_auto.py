@@ -14,7 +14,7 @@ from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 
-FEW = ["calibration.samples=4", "calibration.steps=4"]
+FEW = ["calibration.samples=4", "calibration.steps=4", "rules.0.steps.1={gptq: {damp: 0.01}}"]
 
 
 @pytest.fixture(scope="module")

@@ -160,12 +160,15 @@ SHORT = ["training.images=8", "training.sample_steps=4", "training.batch=16", "t
 
 FASTER = {
     "vq4dit-2bit": [
+        "rules.1.blocks=0-2",
         "rules.1.weight.iterations=5",
         "rules.1.steps=[{vq4dit: {ratio_rate: 0.5, codebook_rate: 0.003}}]",
     ],
     "ptq4dit-w4a8": [
         "calibration.samples=4",
         "calibration.steps=4",
+        "rules.1.blocks=0-2",
+        "rules.2.blocks=0-2",
         "rules.1.steps=[{adaround: {rate: 0.02}}]",
         "rules.2.steps=[ptq4dit, {adaround: {rate: 0.02}}]",
     ],
