@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .distill.trainer import Settings
+from .distill.settings import Settings
 from .errors import DitcompressError, printable
-from .hadamard import block_for
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
 from .registry import nearest
 from .strict_yaml import read_yaml
@@ -366,6 +365,8 @@ def _foreign(options: Bitsandbytes, site: Site, reason: str) -> LayerDecision:
 def _decide(rule: Rule, site: Site, reason: str) -> LayerDecision:
     assert rule.weight is not None
     activation = ActivationSpec(**rule.activation.model_dump())
+    from .hadamard import block_for  # torch: only where a plan is made
+
     rotate = 0 if rule.rotate == "none" else block_for(site.in_features, 0 if rule.rotate == "full" else rule.rotate)
     rotate = 0 if rotate < 2 else rotate
     rank = min(rule.rank, site.in_features, site.out_features)

@@ -17,7 +17,8 @@ from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter
 from ..distill.data import Trajectories
-from ..distill.trainer import Settings, train
+from ..distill.settings import Settings
+from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..loading import load_model
 from ..models import adapter_for

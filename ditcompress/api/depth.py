@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calibration.collect import CalibrationSettings
 from ..calibration.schedulers import load_scheduler
+from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite, check_tensors, open_checkpoint
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder
+from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
+from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..loading import expected_shapes, load_model, meta_model, open_model
 from ..measures import ratio_db
@@ -75,6 +78,7 @@ def prune(
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     reporter: Reporter | None = None,
@@ -84,7 +88,8 @@ def prune(
     The number of blocks is the one nearest to the ratio, so a small ratio may remove none. `width_ratio` also removes
     that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of every block
     that is left, by magnitude; what no plain config.json can say then needs `import ditcompress` to load. A path gives
-    the folder `out`, a model in memory a new model. Raises E201 and E203 for bad options, E205 for what cannot go.
+    the folder `out`, a model in memory a new model. A killed run of a method that learns goes on when called again,
+    unless `restart`. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
     reporter = reporter or Silent()
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
@@ -105,17 +110,21 @@ def prune(
         manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
                   "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
+        if "training" in job.module.NEEDS:
+            job.journal = work_folder(target, job.marks(opened.fingerprint), restart)
         checkpoint, context, choice = job.run(path, device, dtype)
         facts = job.facts(context, choice)
         facts = _write(checkpoint, partial, context.depth, choice, facts, width, max_shard_bytes)
         checkpoint.verify_unchanged()
+    remove_work(job.journal)
     return PruneResult(target, None, choice, facts)
 
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
     context, choice = job.choice(model, ModuleSource(model))
-    pruned = remove_blocks(model, context.depth, choice.blocks).eval()
+    with context.rewritten(choice.tensors):
+        pruned = remove_blocks(model, context.depth, choice.blocks).eval()
     return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
 
 
@@ -153,6 +162,12 @@ class _Job:
         self.module, self.params = method(name, _settings(overrides))
         self.ratio, self.by, self.name = ratio, by, name.replace("_", "-")
         self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
+        self.journal: Path | None = None
+
+    def marks(self, fingerprint: str) -> dict[str, Any]:
+        """What an interrupted run must have in common with this one."""
+        return {**self.settings(), "seed": self.seed, "fingerprint": fingerprint, "conditions": str(self.conditions),
+                "scheduler": str(self.scheduler), "torch": torch.__version__}  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         return {"method": self.name, "ratio": self.ratio, "by": self.by, "params": self.params.model_dump()}
@@ -187,6 +202,8 @@ class _Job:
             check_target(context, ratio, sum(by_block.values()))
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter)
+        if "training" in self.module.NEEDS:
+            context.data, context.journal = self._states(model, source, adapter), self.journal
         if self.by != "params":
             measure = operations if self.by == "flops" else seconds
             by_block = measure(model, layout.blocks, lambda: context.predict(context.probes[0]))
@@ -195,10 +212,27 @@ class _Job:
             check_target(context, ratio, sum(by_block.values()))
         return context, sum(by_block.values())
 
+    def _sampler(self, source: Any, adapter: Any) -> Any:
+        folder = Path(self.scheduler) if self.scheduler else source.scheduler_folder
+        return load_scheduler(source.config, folder, adapter, self.reporter)
+
+    def _states(self, model: nn.Module, source: Any, adapter: Any) -> Callable[..., Trajectories]:
+        """Training states for methods that learn; `salt` tells several sets of one method apart."""
+        scheduler, guidance = self._sampler(source, adapter), float(adapter.default_guidance(source.config))
+
+        def states(*, images: int = 128, refresh: int = 500, sample_steps: int = 25, null: float = 0.15,
+                   salt: int = 0) -> Trajectories:  # fmt: skip
+            wanted = CalibrationSettings(samples=images, seed=self.seed)
+            given = conditions_for(source, adapter, wanted, self.conditions, self.reporter)
+            sampling = Sampling(sample_steps, guidance, self.seed + 7919 + salt, batch=min(images, 32))
+            return Trajectories(model, adapter, source.config, scheduler, given, sampling, images=images,
+                                refresh=refresh, null=null, reporter=self.reporter)  # fmt: skip
+
+        return states
+
     def _probes(self, model: nn.Module, source: Any, adapter: Any) -> list[Probe]:
         params = self.params if isinstance(self.params, ProbeParams) else ProbeParams(samples=4)
-        folder = Path(self.scheduler) if self.scheduler else source.scheduler_folder
-        scheduler = load_scheduler(source.config, folder, adapter, self.reporter)
+        scheduler = self._sampler(source, adapter)
         wanted = CalibrationSettings(samples=params.samples, seed=self.seed)
         given = conditions_for(source, adapter, wanted, self.conditions, self.reporter)
         return record_probes(model, adapter, source.config, scheduler, given, params, self.seed, self.reporter)
@@ -242,7 +276,7 @@ def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> 
     config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
     gone = tuple(f"{block}." for block in choice.blocks)
     names = {renamed(name, new): name for name in checkpoint.tensors if not name.startswith(gone)}
-    return cut_of(config, width, lambda name: checkpoint.read(names[name])), names
+    return cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name]))), names
 
 
 def _write(
@@ -258,7 +292,9 @@ def _write(
     facts = facts | cut.facts
     writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
     for name in sorted(names):
-        writer.add(name, cut.apply(name, checkpoint.read(names[name])))
+        tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
+        tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
+        writer.add(name, cut.apply(name, tensor))
     files = writer.finish()
     (folder / "config.json").write_text(json.dumps(cut.config, indent=2, sort_keys=True) + "\n")
     check_tensors(open_checkpoint(folder), expected_shapes(meta_model(cut.config)))

@@ -24,8 +24,9 @@ from ..distill.latents import Latents
 from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
 from ..distill.ranks import Ranks, joined
+from ..distill.settings import Settings
 from ..distill.student import Student
-from ..distill.trainer import History, Settings, train
+from ..distill.trainer import History, train
 from ..errors import DitcompressError
 from ..loading import load_model, open_model
 from ..models import adapter_for

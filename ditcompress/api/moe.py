@@ -19,7 +19,8 @@ from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
-from ..distill.trainer import Settings, train
+from ..distill.settings import Settings
+from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, convertible, left_dense
 from ..loading import load_model, open_model

@@ -28,6 +28,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no note
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result in the output folder.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run and begin anew.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe value: key=value (repeatable).")]
 Conditions = Annotated[Path | None, typer.Option(help="Safetensors file with the model's forward arguments.")]
 Scheduler = Annotated[Path | None, typer.Option(help="Folder with a scheduler_config.json.")]

@@ -9,12 +9,25 @@ import typer
 
 from ..console import print_table, print_text, size
 from . import common
-from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed, Set
+from .common import (
+    Checkpoint,
+    Conditions,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    Quiet,
+    Restart,
+    Scheduler,
+    Seed,
+    Set,
+)
 
 if TYPE_CHECKING:
     from ..api import QuantizeResult
 
-Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run and begin anew.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ..console import print_table, print_text
 from . import common
-from .common import Conditions, Debug, Device, DryRun, Json, Overwrite, Quiet, Scheduler, Seed
+from .common import Conditions, Debug, Device, DryRun, Json, Overwrite, Quiet, Restart, Scheduler, Seed
 
 if TYPE_CHECKING:
     from ..api import DistillResult
@@ -19,7 +19,6 @@ Loss = Annotated[str, typer.Option(help="Weights: output, task, features, normal
 Data = Annotated[str, typer.Option(help="trajectories (no data needed), a folder of cached latents, or images.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")]
 Autocast = Annotated[str, typer.Option(help="float32, or bfloat16: teacher and autocast; weights stay float32.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run and begin anew.")]
 
 
 def distill(

@@ -9,8 +9,21 @@ import typer
 
 from ..console import print_table, print_text, size
 from . import common
-from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed, Set
-from .compress import Restart
+from .common import (
+    Checkpoint,
+    Conditions,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    Quiet,
+    Restart,
+    Scheduler,
+    Seed,
+    Set,
+)
 
 
 def moe(

@@ -9,7 +9,20 @@ import typer
 
 from ..console import print_table, print_text
 from . import common
-from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
+from .common import (
+    Checkpoint,
+    Conditions,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    Quiet,
+    Restart,
+    Scheduler,
+    Seed,
+)
 
 if TYPE_CHECKING:
     from ..api import PruneResult
@@ -36,6 +49,7 @@ def prune(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -52,7 +66,7 @@ def prune(
         result = api.prune(
             checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
             overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype,
-            overwrite=overwrite, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
+            overwrite=overwrite, restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         path = None if result.path is None else str(result.path)
         common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))

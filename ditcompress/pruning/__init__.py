@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import DitcompressError
 from ._costs import MEASURES, operations, parameters, seconds, unit_costs
@@ -24,13 +26,14 @@ __all__ = [
 class Choice:
     """`units` in the order in which the method gave them up, their `blocks` in forward order, every unit's scores, and
     the share of all blocks' cost that goes. `damage`: share of the prediction's energy that is wrong afterwards,
-    weighted as the sampler uses it, or None where the model was not run."""
+    weighted as the sampler uses it, or None where the model was not run. `tensors`: new values, by their old names."""
 
     units: tuple[str, ...]
     blocks: tuple[str, ...]
     scores: Scores
     saved: float
     damage: float | None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_target(context: Context, ratio: float, total: float) -> None:
@@ -54,8 +57,9 @@ def choose(context: Context, module: ModuleType, params: Any, total: float) -> C
         picked = lowest_first(context, scores)
     _check(context, module, picked)
     blocks = context.depth.of(picked)
-    damage = context.damage(picked) if context.probes else None
-    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage)
+    tensors = dict(module.rewrite(context, params, picked)) if hasattr(module, "rewrite") else {}
+    damage = context.damage(picked, tensors) if context.probes else None
+    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage, tensors)
 
 
 def _check(context: Context, module: ModuleType, picked: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
 """What a depth-pruning method is: one file that says how much each removable unit of blocks matters.
 
-A method module exports `Params`, `NEEDS` (("probes",) where it must run the model, else ()) and
+A method module exports `Params`, `NEEDS` (some of "probes": it runs the model; "training": it learns) and
 
     scores(context, params) -> Scores            importance of each unit, higher = keep
     select(context, params, scores) -> units     optional: which units go, where it is more than the lowest scores
+    rewrite(context, params, units) -> tensors   optional: new values of tensors in blocks that stay, by the names that
+                                                 they have in the whole model, shapes as they were
 
 Terms: a unit is one block, or several that can only go together (models/_depth.py). Its `cost` is what its removal
 saves: parameters, floating-point operations or seconds. `context.target` is the cost that has to go.
@@ -12,8 +14,10 @@ saves: parameters, floating-point operations or seconds. `context.target` is the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from ..calibration.sensitivity import frozen
 from ..console import Reporter, Silent
+from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..models import Depth
@@ -73,7 +78,10 @@ class Scores:
 
 @dataclass
 class Context:
-    """Everything a method may look at. The model is never changed for good."""
+    """Everything a method may look at. The model is never changed for good.
+
+    For methods that learn: `data(images=, refresh=, sample_steps=, salt=)` gives training states along the model's own
+    trajectories (it runs `model` whenever it renews them), `journal` is where the trainer keeps its states."""
 
     model: nn.Module
     adapter: ModuleType
@@ -84,6 +92,8 @@ class Context:
     probes: Sequence[Probe] = ()
     seed: int = 0
     reporter: Reporter = field(default_factory=Silent)
+    data: Callable[..., Trajectories] | None = None
+    journal: Path | None = None
     _outputs: list[Tensor] = field(default_factory=list)
 
     @property
@@ -121,9 +131,25 @@ class Context:
             )
         return noise, signal
 
-    def damage(self, units: Collection[str]) -> float:
-        """Share of the prediction's energy that is wrong without `units`, weighted as the sampler uses the steps."""
-        noise, signal = self.errors(units)
+    @contextmanager
+    def rewritten(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other values of some of its tensors inside; the old ones are put back."""
+        state = self.model.state_dict()
+        old = {name: state[name].clone() for name in tensors}
+        try:
+            for name, tensor in tensors.items():
+                state[name].copy_(tensor)
+            yield
+        finally:
+            for name, tensor in old.items():
+                state[name].copy_(tensor)
+
+    def damage(self, units: Collection[str], tensors: Mapping[str, Tensor] | None = None) -> float:
+        """Share of the prediction's energy that is wrong without `units` (and with `tensors` rewritten), weighted as
+        the sampler uses the steps."""
+        self.references()
+        with self.rewritten(tensors or {}):
+            noise, signal = self.errors(units)
         weights = [probe.weight for probe in self.probes]
         if not any(weights):
             weights = [1.0] * len(weights)

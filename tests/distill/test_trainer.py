@@ -14,7 +14,8 @@ from ditcompress.calibration.trajectory import Sampling, generator
 from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.distill.data import Trajectories
 from ditcompress.distill.losses import feature_loss, output_loss
-from ditcompress.distill.trainer import Settings, rate_at, train
+from ditcompress.distill.settings import Settings
+from ditcompress.distill.trainer import rate_at, train
 from ditcompress.errors import DitcompressError
 from ditcompress.models import registry as families
 
