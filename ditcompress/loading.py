@@ -104,9 +104,13 @@ class DitcompressConfig(QuantizationConfigMixin):
             "recipe": self.recipe,
             "schemes": self.schemes,
             "layers": self.layers,
-            **({"shapes": self.shapes} if self.shapes else {}),
-            **({"experts": self.experts} if self.experts else {}),
+            **self.structure(),
         }
+
+    def structure(self) -> dict[str, Any]:
+        """The entries that say how the model differs from its class before any weight is compressed."""
+        entries = {"shapes": self.shapes, "experts": self.experts}
+        return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
 

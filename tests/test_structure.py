@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AuraFlowTransformer2DModel, CogVideoXTransformer3DModel, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from ditcompress import structure
+from ditcompress import api, structure
 from ditcompress.errors import DitcompressError
 from ditcompress.models import build_meta, dit, flux, generic, pixart, registry, sd3
 from ditcompress.models._inputs import built
@@ -283,3 +284,14 @@ def test_every_gated_feed_forward_of_diffusers_lets_a_scale_through_its_value() 
             assert torch.allclose(module(hidden), reference, atol=1e-9), name
             getattr(module, gate).weight.mul_(2)
             assert not torch.allclose(module(hidden), reference, atol=1e-6), name
+
+
+def test_a_narrowed_model_in_memory_stays_narrow_through_quantize(tmp_path: Path) -> None:
+    narrow_model = api.prune(registry.get("dit").tiny(0), width_ratio=0.5).model
+    compressed = api.quantize(narrow_model, "w8a16").model
+    assert compressed is not None and narrow_model is not None
+    compressed.save_pretrained(tmp_path / "q")  # type: ignore[operator]
+    found = type(narrow_model).from_pretrained(tmp_path / "q")  # type: ignore[attr-defined]
+    assert {n: t.shape for n, t in found.state_dict().items()} == {
+        n: t.shape for n, t in compressed.state_dict().items()
+    }

@@ -17,7 +17,6 @@ from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter
 from ..distill.data import Trajectories
-from ..distill.settings import Settings
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..loading import load_model
@@ -63,18 +62,17 @@ class Driven:
 
 
 def driven(
-    checkpoint: Checkpoint, recipe: Recipe, conditions: str | Path | None, scheduler: str | Path | None, seed: int,
-    device: str, reporter: Reporter,
+    checkpoint: Checkpoint, calibration: Calibration, conditions: str | Path | None, scheduler: str | Path | None,
+    seed: int, device: str, reporter: Reporter,
 ) -> Driven:  # fmt: skip
-    """The model of a checkpoint on disk, in float32."""
+    """The model of a checkpoint on disk, in float32, with as many conditions as `calibration` has samples."""
     adapter = adapter_for(checkpoint.config)
     model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(device))
     sampler = load_scheduler(
         checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
     )
-    settings = settings_of(recipe.calibration or Calibration(), seed)
-    given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
-    guidance = guidance_of(recipe, adapter, checkpoint.config)
+    given = conditions_for(checkpoint, adapter, settings_of(calibration, seed), conditions, reporter)
+    guidance = guidance_of(calibration, adapter, checkpoint.config)
     return Driven(model, adapter, checkpoint.config, sampler, given, guidance)
 
 
@@ -95,16 +93,18 @@ def tune(
             by.model, layout, plan, statistics, RecipeSteps(), data, batch=wanted.batch, total=wanted.steps,
             features=wanted.features, output=wanted.output, seed=seed,
         )  # fmt: skip
-        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
-        history = train(task, settings, journal=journal, reporter=reporter)
+        try:
+            history = train(task, wanted, journal=journal, reporter=reporter)
+        finally:
+            task.release()
     first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
     reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
     return task.result(history.losses)
 
 
-def guidance_of(recipe: Recipe, adapter: ModuleType, config: Mapping[str, Any]) -> float:
-    """The guidance of the recipe's calibration, else the family's usual one."""
-    asked = recipe.calibration.guidance if recipe.calibration else None
+def guidance_of(calibration: Calibration, adapter: ModuleType, config: Mapping[str, Any]) -> float:
+    """The guidance of a calibration, else the family's usual one."""
+    asked = calibration.guidance
     return float(adapter.default_guidance(config) if asked is None else asked)
 
 

@@ -27,7 +27,7 @@ from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.verdict import margins_of
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
-from ..models import adapter_for
+from ..models import adapter_for, build_meta
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, measures, needs
@@ -125,7 +125,7 @@ def quantize(
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
     plan = checked_plan(chosen, layout)
     if chosen.backend == "bitsandbytes" and checkpoint.quantization is not None:
-        raise DitcompressError("E205", path, "has expert layers", "use a recipe that is not of bitsandbytes")
+        raise DitcompressError("E205", path, "is narrower or has expert layers", "use a recipe of another backend")
     plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     for note in fallbacks(chosen, plan, layout):
         reporter.note(note)
@@ -175,19 +175,19 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
         journal = None
-        shapes = (checkpoint.quantization or {}).get("shapes")
-        if recipe.backend == "bitsandbytes" and shapes:
-            what = "its layers are narrower than a configuration of bitsandbytes can say"
-            raise DitcompressError("E205", path, what, "choose a recipe of another backend")
         if recipe.backend == "bitsandbytes":
-            meta = open_model(path, allow_compressed=False)[1]
-            outcome, config = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, job.reporter)
+            outcome, config = _bitsandbytes.run(
+                checkpoint, layout, build_meta(checkpoint.config), plan, writer, job.reporter
+            )
         else:
             found = _statistics_for(plan, recipe, checkpoint, job)
             inputs = found.inputs if found else {}
             by = None
             if learns(plan) or measures(plan):
-                by = driven(checkpoint, recipe, job.conditions, job.scheduler, job.seed, job.device, job.reporter)
+                by = driven(
+                    checkpoint, recipe.calibration or Calibration(), job.conditions, job.scheduler, job.seed,
+                    job.device, job.reporter,
+                )  # fmt: skip
             plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None)
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
@@ -201,7 +201,7 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
                 Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
                 seed=job.seed, journal=journal, reporter=job.reporter,
             )  # fmt: skip
-            config = engine.quantization_config(recipe.name, outcome) | ({"shapes": shapes} if shapes else {})
+            config = engine.quantization_config(recipe.name, outcome)
         files = writer.finish()
         checkpoint.verify_unchanged()
         size = sum(f.stat().st_size for f in files)
@@ -252,16 +252,14 @@ def copy_scheduler(folder: Path, partial: Path) -> None:
     (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())
 
 
-def with_experts(quantization: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The new `quantization_config` with the expert layers of the model that was quantized."""
+def with_structure(quantization: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The new `quantization_config` with the expert layers and widths of the model that was quantized."""
     before = DitcompressConfig.of(config)
-    if before is None or not before.experts:
-        return quantization
-    return {**quantization, "experts": before.experts}
+    return quantization if before is None else {**quantization, **before.structure()}
 
 
 def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> None:
-    quantization = with_experts(quantization, config)
+    quantization = with_structure(quantization, config)
     text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
 
@@ -299,12 +297,13 @@ def _quantize_module(
     plan = checked_plan(recipe, layout)
     if isinstance(statistics, (str, Path)):
         statistics = load_statistics(Path(statistics))
-    settings = settings_of(recipe.calibration or Calibration(), seed)
+    wanted = recipe.calibration or Calibration()
+    settings = settings_of(wanted, seed)
     by = None
     if (statistics is None and needs(plan)) or learns(plan) or measures(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
-        by = Driven(model, adapter, source.config, scheduler, given, guidance_of(recipe, adapter, source.config))
+        by = Driven(model, adapter, source.config, scheduler, given, guidance_of(wanted, adapter, source.config))
         if statistics is None and needs(plan):
             statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
@@ -318,7 +317,7 @@ def _quantize_module(
         reporter=reporter,
     )  # fmt: skip
     compressed = copy.deepcopy(model)
-    fields = with_experts(engine.quantization_config(recipe.name, outcome), source.config)
+    fields = with_structure(engine.quantization_config(recipe.name, outcome), source.config)
     config = DitcompressConfig(**{key: value for key, value in fields.items() if key != "quant_method"})
     apply_schemes(compressed, config.layer_schemes())
     compressed.load_state_dict(sink.tensors, strict=True, assign=True)

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
-from ..distill.settings import Settings
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, convertible, left_dense
-from ..loading import load_model, open_model
+from ..loading import open_model
 from ..mixture import (
     Experts,
     Weights,
@@ -39,8 +37,8 @@ from ..models import adapter_for
 from ..models.base import Layout
 from ..structure import writers
 from ._experts import ExpertSettings, card, facts_of, settings_from
-from ._training import Driven
-from .calibration import cached_statistics, conditions_for, pick_device, pick_dtype, settings_of
+from ._training import Driven, driven
+from .calibration import cached_statistics, pick_device, pick_dtype, settings_of
 from .compress import copy_scheduler
 
 REPORT = "moe.json"
@@ -132,7 +130,9 @@ def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], o
     ) as partial:
         check_finite(checkpoint, job.reporter)
         journal = work_folder(job.out, marks, restart=job.restart) if job.distill else None
-        by = _driven(job, checkpoint)
+        by = driven(
+            checkpoint, job.settings.calibration, job.conditions, job.scheduler, job.seed, job.device, job.reporter
+        )
         sparse, losses = _converted(job, checkpoint, layout, by, journal)
         probe = _states(job, by, 104_729, images=32)
         batches = [probe.batch(n, PROBE_SIZE) for n in range(job.settings.probe)]
@@ -146,19 +146,6 @@ def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], o
         checkpoint.verify_unchanged()
     remove_work(journal)
     return {"out": str(job.out), **facts}
-
-
-def _driven(job: _Job, checkpoint: Checkpoint) -> Driven:
-    """The dense model in float32 with what drives it."""
-    adapter = adapter_for(checkpoint.config)
-    model, _ = load_model(checkpoint.path, dtype=torch.float32, device=pick_device(job.device))
-    folder = Path(job.scheduler) if job.scheduler else checkpoint.scheduler_folder
-    sampler = load_scheduler(checkpoint.config, folder, adapter, job.reporter)
-    wanted = job.settings.calibration
-    settings = settings_of(wanted, job.seed, grams=False, batch=CALIBRATION_BATCH)
-    given = conditions_for(checkpoint, adapter, settings, job.conditions, job.reporter)
-    guidance = adapter.default_guidance(checkpoint.config) if wanted.guidance is None else wanted.guidance
-    return Driven(model, adapter, checkpoint.config, sampler, given, float(guidance))
 
 
 def _states(job: _Job, by: Driven, offset: int, images: int) -> Trajectories:
@@ -209,8 +196,7 @@ def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         task = Experts(by.model, sparse, layout, data, weights, wanted.batch)
-        settings = Settings(**wanted.model_dump(include=set(Settings.model_fields)))
-        history = train(task, settings, journal=journal, reporter=job.reporter)
+        history = train(task, wanted, journal=journal, reporter=job.reporter)
     task.finish()
     return history.losses
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +88,5 @@ def measured_db(
         original, compressed, settings, scheduler=Path(scheduler) if scheduler else None,
         conditions=Path(conditions) if conditions else None, reporter=reporter,
     )  # fmt: skip
-    found = probe(replace(subject), reporter)["cond"]
+    found = probe(subject, reporter)["cond"]
     return ratio_db(float(torch.as_tensor(found.noise / found.signal).mean()))

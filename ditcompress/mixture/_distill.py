@@ -8,14 +8,13 @@ runs. The teacher is the dense model, on states of its own trajectories (distill
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..distill.comparison import Imitating
 from ..distill.data import Trajectories
-from ..distill.losses import BlockOutputs, feature_loss, output_loss
 from ..models.base import Layout
 from ..runtime.moe import Routing, balance_loss, feed_forwards
 
@@ -31,19 +30,18 @@ class Weights:
     shared: bool = True
 
 
-class Experts:
+class Experts(Imitating):
     """The training task: the student is the dense model with expert layers; only these are trained, in place."""
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Trajectories, weights: Weights, batch: int
     ) -> None:
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student.eval().requires_grad_(False)
-        self.data, self.weights, self.size = data, weights, batch
+        super().__init__(teacher, student, data, batch, layout.blocks if weights.features else ())
+        self.weights = weights
         self.layers = feed_forwards(student)
         self.routings: list[Routing] = []
         for layer in self.layers.values():
             layer.seen = self.routings.append
-        self.outputs = [BlockOutputs(m, layout.blocks) for m in (teacher, student)] if weights.features else []
         for tensor in self.parameters().values():
             tensor.requires_grad_(True)
 
@@ -60,35 +58,18 @@ class Experts:
         return {name: self.weights.router_rate for name in self.parameters() if ".router." in name}
 
     def loss(self, step: int, part: int) -> Tensor:
-        batch, weights = self.data.batch(step, self.size, part), self.weights
-        for outputs in self.outputs:
-            outputs.take()
-        with torch.no_grad():
-            wanted = self.data.adapter.predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
+        weights = self.weights
         self.routings.clear()
-        found = self.data.adapter.predict(self.student, batch.latents, batch.timestep, batch.cond).float()
-        loss = weights.output * output_loss(found, wanted)
-        if self.outputs:
-            teacher, student = (outputs.take() for outputs in self.outputs)
-            loss = loss + weights.features * feature_loss(student, teacher)
+        output, features = self.compare(step, part)
+        loss = weights.output * output + weights.features * features
         if self.routings and weights.balance:
             parts = [balance_loss(r.probabilities, r.chosen) for r in self.routings]
             loss = loss + weights.balance * torch.stack(parts).mean()
         return loss
 
-    def after_step(self, step: int) -> None:
-        """Nothing follows an update."""
-
-    def extra(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """There is nothing more to take back."""
-
     def finish(self) -> None:
         """Leave the student as a plain model: no hooks, no gradients."""
-        for outputs in self.outputs:
-            outputs.remove()
+        self.release()
         for layer in self.layers.values():
             layer.seen = None
         for tensor in self.parameters().values():

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..distill.comparison import Imitating
 from ..distill.data import Trajectories
-from ..distill.losses import BlockOutputs, feature_loss, output_loss
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ..runtime.linear import normed
@@ -109,16 +109,16 @@ class _Norm(nn.Module):
         return normed(output, self.gain)
 
 
-class Imitation:
+class Imitation(Imitating):
     """The training task: a quantized copy of the model against the model itself."""
 
     def __init__(
         self, model: nn.Module, layout: Layout, plan: Plan, statistics: Mapping[str, Any], steps: Any,
         data: Trajectories, *, batch: int, total: int, features: float, output: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.teacher, self.data, self.size, self.total = model.eval().requires_grad_(False), data, batch, total
-        self.features, self.output = features, output
-        self.student = copy.deepcopy(model).eval().requires_grad_(False)
+        blocks = layout.blocks if features else ()
+        super().__init__(model, copy.deepcopy(model), data, batch, blocks)
+        self.features, self.output, self.total = features, output, total
         self.quantizers: dict[str, Quantizer] = {}
         self.norms: dict[str, _Norm] = {}
         smooth = _smoothing(model, layout, plan, statistics, steps)
@@ -128,7 +128,6 @@ class Imitation:
         for name in self.parameters():
             self._tensor(name).requires_grad_(True)
         self._set_gains([d.site for d in plan.layers if d.output_norm])
-        self.outputs = [BlockOutputs(m, layout.blocks) for m in (self.teacher, self.student)] if features else []
 
     def _wrap(self, decision: LayerDecision, statistics: Any, smooth: Tensor | None, steps: Any, seed: int) -> None:
         linear = self.student.get_submodule(decision.site)
@@ -206,16 +205,8 @@ class Imitation:
         return found
 
     def loss(self, step: int, part: int) -> Tensor:
-        batch = self.data.batch(step, self.size, part)
-        for outputs in self.outputs:
-            outputs.take()  # of the sampling that may have renewed the data
-        with torch.no_grad():
-            wanted = self.data.adapter.predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
-        found = self.data.adapter.predict(self.student, batch.latents, batch.timestep, batch.cond).float()
-        loss = self.output * output_loss(found, wanted)
-        if self.outputs:
-            teacher, student = (outputs.take() for outputs in self.outputs)
-            loss = loss + self.features * feature_loss(student, teacher)
+        output, features = self.compare(step, part)
+        loss = self.output * output + self.features * features
         penalties = [p for p in (q.penalty() for q in self.quantizers.values()) if p is not None]
         return loss + torch.stack(penalties).mean() if penalties else loss
 

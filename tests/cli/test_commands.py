@@ -63,6 +63,13 @@ def test_importing_the_command_line_imports_neither_torch_nor_diffusers() -> Non
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_recipes_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from ditcompress.recipe import load_recipe; load_recipe('ternary'); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
 def test_usage_errors_are_one_line() -> None:
     assert "--nope" in fails(2, "E203", "quantize", "x", "--nope")
     assert "qantize" in fails(2, "E203", "qantize")

@@ -1,0 +1,60 @@
+"""A student against its teacher on the same states: what training tasks that imitate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .data import Data
+from .losses import BlockOutputs, feature_loss, output_loss
+
+
+class Imitating:
+    """The part of a trainer's task that runs both models; `blocks` are those whose outputs are compared.
+
+    Both are in evaluation mode until `release`, which takes the hooks off and leaves the teacher as it was given.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, data: Data, size: int, blocks: Sequence[str]) -> None:
+        self.training = teacher.training
+        self.teacher, self.student = teacher.eval(), student.eval().requires_grad_(False)
+        self.data, self.size = data, size
+        self.outputs = [BlockOutputs(model, blocks) for model in (teacher, student)] if blocks else []
+
+    def compare(self, step: int, part: int) -> tuple[Tensor, Tensor]:
+        """Output and feature loss of one batch, scalars; the second is 0 where no blocks are compared."""
+        batch, predict = self.data.batch(step, self.size, part), self.data.adapter.predict
+        for outputs in self.outputs:
+            outputs.take()  # of the sampling that may have renewed the data
+        with torch.no_grad():
+            wanted = predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
+        found = predict(self.student, batch.latents, batch.timestep, batch.cond).float()
+        loss = output_loss(found, wanted)
+        if not self.outputs:
+            return loss, torch.zeros_like(loss)
+        teacher, student = (outputs.take() for outputs in self.outputs)
+        return loss, feature_loss(student, teacher)
+
+    def release(self) -> None:
+        """Leave both models without hooks."""
+        for outputs in self.outputs:
+            outputs.remove()
+        self.teacher.train(self.training)
+
+    # --- of the trainer's task, where there is nothing more to do ------------------------------------------------
+
+    def rates(self) -> Mapping[str, float]:
+        """No tensor has a learning rate of its own."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows an update."""
+
+    def extra(self) -> dict[str, Tensor]:
+        """The state has no other tensors."""
+        return {}
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """There is nothing to take back."""
