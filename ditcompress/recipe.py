@@ -15,63 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .distill.settings import Settings
+from .distill.settings import Options
 from .errors import DitcompressError, printable
 from .plan import ActivationSpec, LayerDecision, Plan, StepSpec, WeightSpec
 from .registry import nearest
+from .sections import Bitsandbytes, Evaluation, Pruning, Report, SchedulerSearch, Strict
+from .sections import Calibration as Calibration
+from .sections import Training as Training
 from .strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from .models.base import Layout, Site
 
 Role = Literal["qkv", "attn_out", "ffn_in", "ffn_out", "modulation", "time_embedding", "embedding", "head", "other"]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibration(_Strict):
-    """What the statistics are gathered from; see docs/cli.md."""
-
-    samples: int = Field(32, ge=1, le=100_000)
-    steps: int = Field(25, ge=1, le=1000)
-    guidance: float | None = Field(None, ge=0)
-    policy: Literal["uniform", "all", "normal"] = "uniform"
-    buckets: int = Field(8, ge=1, le=1000)
-    reservoir: int = Field(1024, ge=0, le=1_000_000)
-    weighting: Literal["none", "fisher"] = "none"
-    labels: tuple[Annotated[int, Field(ge=0)], ...] = ()
-
-
-class Training(Settings):
-    """How steps that learn are trained (see the trainer's own fields): on `images` of the teacher's trajectories of
-    `sample_steps` steps, renewed every `refresh` steps, a share `null` without condition; `output` and `features` weigh
-    the losses."""
-
-    images: int = Field(128, ge=1)
-    refresh: int = Field(500, ge=1)
-    sample_steps: int = Field(25, ge=1, le=1000)
-    null: float = Field(0.15, ge=0, le=1)
-    output: float = Field(1.0, ge=0)
-    features: float = Field(0.0, ge=0)
-
-
-class Evaluation(_Strict):
-    """How a result of this recipe is judged: margins declared before anything is measured."""
-
-    profile: Literal["auto", "fidelity", "fidelity-latent", "quality"] = "auto"
-    margins: dict[str, float] = {}
-
-
-class SchedulerSearch(_Strict):
-    """Scheduler coefficients for few-step sampling, searched when the model is written; see `q-sched`."""
-
-    steps: int = Field(ge=1, le=1000)
-    method: Literal["trajectory", "gain", "grid"] = "trajectory"
-    images: int = Field(32, ge=1, le=100_000)
-    held_out: int = Field(128, ge=2, le=100_000)
-    guidance: float | None = Field(None, ge=0)
 
 
 class Weight(BaseModel):
@@ -84,7 +40,7 @@ class Weight(BaseModel):
         return WeightSpec(self.format, dict(sorted((self.model_extra or {}).items())))
 
 
-class Activation(_Strict):
+class Activation(Strict):
     mode: Literal["none", "token", "tensor", "static"] = "none"
     bits: int = Field(8, ge=2, le=8)
     symmetric: bool = True
@@ -101,7 +57,7 @@ class Activation(_Strict):
         return self
 
 
-class Rule(_Strict):
+class Rule(Strict):
     """One rule. It matches when role, block range and name pattern all do; what is left out matches everything."""
 
     roles: tuple[Role, ...] = ()
@@ -142,31 +98,7 @@ def _step(item: Any) -> StepSpec:
     raise ValueError("a step is a name, or a name with its parameters: {gptq: {damp: 0.01}}")
 
 
-class Bitsandbytes(_Strict):
-    """Options of the bitsandbytes backend, which has no data and no steps. `blocksize`, `double_quant` (of the scales)
-    and `compute_dtype` are of nf4 and fp4; `threshold` of int8: inputs above it are computed in 16 bits."""
-
-    quant_type: Literal["nf4", "fp4", "int8"]
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    double_quant: bool = False
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    threshold: float = Field(6.0, ge=0)
-
-    @model_validator(mode="after")
-    def _fitting(self) -> Bitsandbytes:
-        other = {"blocksize", "double_quant", "compute_dtype"} if self.quant_type == "int8" else {"threshold"}
-        if wrong := sorted(other & self.model_fields_set):
-            raise ValueError(f"{wrong[0]} is no option of {self.quant_type}")
-        return self
-
-    def params(self) -> dict[str, Any]:
-        """The options that this type has, as JSON values."""
-        if self.quant_type == "int8":
-            return {"quant_type": "int8", "threshold": self.threshold}
-        return self.model_dump(exclude={"threshold"})
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A validated recipe. `source` names the paper of a faithful recipe and is empty for our own."""
 
     name: str
@@ -178,7 +110,21 @@ class Recipe(_Strict):
     backend: Literal["ditcompress", "bitsandbytes"] = "ditcompress"
     options: Bitsandbytes | None = None
     scheduler_search: SchedulerSearch | None = None
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    prune: Pruning | None = None
+    distill: Options | None = None
+    rules: tuple[Rule, ...] = ()
+    report: Report | None = None
+
+    @property
+    def staged(self) -> bool:
+        """Whether it is more than a quantization: the stages are prune, distill, rules and report, in this order."""
+        return any(stage is not None for stage in (self.prune, self.distill, self.report))
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Recipe:
+        if not self.rules and not self.prune and not self.distill:
+            raise ValueError("rules are needed (or a stage: prune, distill)")
+        return self
 
     @model_validator(mode="after")
     def _of_one_backend(self) -> Recipe:
@@ -196,8 +142,9 @@ class Recipe(_Strict):
             value["options"] = self.options.params()
             value["rules"] = [rule.model_dump(mode="json", exclude_unset=True) for rule in self.rules]
             return value
-        if self.scheduler_search is None:
-            del value["scheduler_search"]  # most recipes have none
+        for section in ("scheduler_search", "prune", "distill", "report"):  # most recipes have none
+            if getattr(self, section) is None:
+                del value[section]
         for rule, read in zip(value["rules"], self.rules, strict=True):
             rule["steps"] = [{step.name: dict(step.params)} for step in read.steps]
             if read.weight is not None:
@@ -243,6 +190,9 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
             "options": Bitsandbytes,
             "activation": Activation,
             "scheduler_search": SchedulerSearch,
+            "prune": Pruning,
+            "distill": Options,
+            "report": Report,
         }
         model = inner.get(str(part), model)
     return list(model.model_fields)

@@ -61,7 +61,7 @@ def quick(name: str) -> recipe.Recipe:
     for rule in found.rules:
         steps = [StepSpec(s.name, {**s.params, **LESS.get(s.name, {})}) for s in rule.steps]
         rules.append(rule.model_copy(update={"steps": tuple(steps)}))
-    fewer = {"rules": tuple(rules)}
+    fewer = {"rules": tuple(rules), "prune": None, "distill": None, "report": None}  # stages: see test_chain.py
     if found.training is not None:
         few = {"steps": 3, "batch": 4, "images": 4, "sample_steps": 2}
         return found.model_copy(update={**fewer, "training": found.training.model_copy(update=few)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .calibration import calibrate, calibration_plan
+from .chain import ChainResult, run_recipe, staged
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
-from .depth import PruneResult, prune, sensitivity
+from .depth import PruneResult, method_settings, prune, sensitivity
 from .distill import DistillResult, distill
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
@@ -13,6 +14,7 @@ from .q_sched import q_sched
 from .runs import compare, sample
 
 __all__ = [
+    "ChainResult",
     "DistillResult",
     "PruneResult",
     "QuantizeResult",
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "method_settings",
     "moe",
     "parse_margins",
     "prune",
@@ -33,6 +36,8 @@ __all__ = [
     "quantize",
     "quantize_facts",
     "report",
+    "run_recipe",
     "sample",
     "sensitivity",
+    "staged",
 ]

@@ -41,6 +41,7 @@ from .calibration import cached_statistics, conditions_for, pick_device, setting
 from .q_sched import search_scheduler
 from .target import measured_db, retarget, with_target
 
+NOTES = ("prune.json", "distill.json")
 MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's shortfall is known to about this
 
 
@@ -116,6 +117,8 @@ def quantize(
     """
     reporter = reporter or Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if chosen.staged:
+        raise DitcompressError("E202", f"recipe {chosen.name}", "has stages", "call run_recipe, or `ditcompress prune`")
     if isinstance(model_or_path, nn.Module):
         return _quantize_module(model_or_path, chosen, statistics, seed, reporter)
     path = Path(model_or_path)
@@ -218,6 +221,9 @@ def _describe(
 ) -> None:  # fmt: skip
     """Everything beside weights and config: recipe, layers, trade-off, the rest of a pipeline, the model card."""
     (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
+    for note in NOTES:  # how the model came to its shape
+        if (checkpoint.folder / note).is_file():
+            (folder / note).write_bytes((checkpoint.folder / note).read_bytes())
     records = [asdict(record) for record in outcome.records]
     (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
     if plan.curve:

@@ -159,7 +159,7 @@ class _Job:
         check_ratio("--ratio", ratio)
         if by not in MEASURES:
             raise DitcompressError("E203", f"--by {by}", "is not known", f"use {', '.join(MEASURES)}")
-        self.module, self.params = method(name, _settings(overrides))
+        self.module, self.params = method(name, method_settings(overrides))
         self.ratio, self.by, self.name = ratio, by, name.replace("_", "-")
         self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
         self.journal: Path | None = None
@@ -260,7 +260,7 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+def method_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts as parameters of a method."""
     found = {}
     for text in overrides:

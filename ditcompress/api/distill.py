@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..calibration.schedulers import load_scheduler
@@ -24,7 +24,7 @@ from ..distill.latents import Latents
 from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
 from ..distill.ranks import Ranks, joined
-from ..distill.settings import Settings
+from ..distill.settings import TRAJECTORIES, Options
 from ..distill.student import Student
 from ..distill.trainer import History, train
 from ..errors import DitcompressError
@@ -38,29 +38,7 @@ from .calibration import conditions_for, pick_device, scheduler_digest, settings
 from .compress import copy_scheduler
 
 REPORT = "distill.json"
-TRAJECTORIES = "trajectories"
 HELD_OUT = 16  # images whose trajectories the student is judged on before and after
-
-
-class Options(Settings):
-    """How a student is trained; those of the trainer included. `batch` counts the samples of all processes.
-
-    `loss`: weights by name (output, task, features, normalised, masked, direction); `decay_features` lets those of
-    blocks fall to 0. `data`: "trajectories" (none needed), a folder of cached latents, or images. `images`,
-    `sample_steps`, `refresh`, `guidance` shape the trajectories; `null` is the share of dropped conditions."""
-
-    loss: str = "output=1"
-    data: str = TRAJECTORIES
-    lora: int = Field(0, ge=0)
-    decay_features: bool = False
-    checkpointing: bool = False
-    images: int = Field(128, ge=1)
-    sample_steps: int = Field(25, ge=1)
-    refresh: int = Field(500, ge=1)
-    null: float = Field(0.15, ge=0, le=1)
-    guidance: float | None = Field(None, ge=0)
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def options_of(given: Mapping[str, Any]) -> Options:
@@ -313,7 +291,7 @@ def _write(
         copy_pipeline(source.pipeline, partial, source.component)
     elif source.scheduler_folder:
         copy_scheduler(source.scheduler_folder, partial)
-    (partial / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    (folder / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     card = distilled_card(name, source.class_name, facts, source.pipeline is not None)
     (partial / "README.md").write_text(card, encoding="utf-8")
     source.verify_unchanged()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import print_table, print_text, size
-from . import common
+from . import chain, common
 from .common import (
     Checkpoint,
     Conditions,
@@ -98,9 +98,18 @@ def quantize(
     """Quantize a checkpoint by a recipe; calibrates first where the recipe needs it and no statistics are given."""
     with common.command(as_json, debug):
         from .. import api
+        from ..recipe import load_recipe
 
+        chosen = load_recipe(recipe, set_ or ())
+        if chosen.staged:
+            chain.run(
+                as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
+                dtype=dtype, overwrite=overwrite, restart=restart, dry_run=dry_run,
+                reporter=common.reporter(quiet, as_json),
+            )  # fmt: skip
+            return
         result = api.quantize(
-            checkpoint, recipe, out, statistics=statistics, overrides=set_ or (), conditions=conditions,
+            checkpoint, chosen, out, statistics=statistics, conditions=conditions,
             scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
             dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
             target_size=target_size, target_db=target_db,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import print_table, print_text
-from . import common
+from . import chain, common
 from .common import (
     Checkpoint,
     Conditions,
@@ -44,6 +44,13 @@ def prune(
     ] = None,
     width_units: Annotated[str, typer.Option(help="What is narrowed: both, neurons or heads.")] = "both",
     set_: Set = None,
+    distill_steps: Annotated[
+        int | None, typer.Option(help="Then train what is left for so many steps to imitate the original.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What it is trained on: latents or images (default: none).")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Then quantize by it; or a recipe with stages of its own.")
+    ] = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
     seed: Seed = 0,
@@ -56,13 +63,24 @@ def prune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Remove whole blocks. Stock diffusers loads the result, without this package; nothing is trained.
+    """Remove whole blocks. Stock diffusers loads the result, without this package.
 
+    Nothing is trained without --distill-steps; `distill` has more options and takes the result as its student.
     Methods: random, magnitude, taylor, shortgpt, sana-bi, flux-lite, laptop-diff, oracle-greedy.
     """
     with common.command(as_json, debug):
         from .. import api
 
+        if (recipe, distill_steps, data) != (None, None, None):
+            pruning = {"ratio": ratio, "by": by, "method": method, "params": api.method_settings(set_ or ()),
+                       "width_ratio": width_ratio, "width_units": width_units}  # fmt: skip
+            chosen = api.staged(recipe, pruning, distill_steps, data)
+            chain.run(
+                as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
+                dtype=dtype, overwrite=overwrite, restart=restart, dry_run=dry_run,
+                reporter=common.reporter(quiet, as_json),
+            )  # fmt: skip
+            return
         result = api.prune(
             checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
             overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype,
