@@ -50,7 +50,8 @@ class Skipped:
 
 @dataclass
 class Result:
-    """Everything one evaluation found; `to_json` is what report.json holds."""
+    """Everything one evaluation found; `to_json` is what report.json holds. `history`: the stages that the compressed
+    model says it went through before it was quantized (prune, distill)."""
 
     verdict: str
     profile: str
@@ -64,6 +65,7 @@ class Result:
     skipped: list[Skipped] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    history: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -80,6 +82,7 @@ class Result:
             "speed": clean(self.speed),
             "skipped": [asdict(s) for s in self.skipped],
             "provenance": clean(self.provenance),
+            "history": clean(self.history),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -97,6 +98,7 @@ def judge(subject: Subject, folder: Path, sources: Sources, *, command: str, rep
         skipped=quality.skipped,
         provenance=provenance(subject, command, quality),
         remarks=remarks(subject, rows, missing_gates(rows, margins)),
+        history=history(subject.result.folder),
     )
     return Evaluation(result, paired.shown_images(subject, pairs, values.values["psnr"]))
 
@@ -112,6 +114,33 @@ def remarks(subject: Subject, rows: Sequence[Measurement], missing: Sequence[str
         notes.append("bitsandbytes weights were decoded for this run: memory and times are not those of bitsandbytes")
     notes += filter(None, [moved(rows)])
     return notes
+
+
+def history(folder: Path) -> dict[str, Any]:
+    """What prune.json and distill.json say of the model, in short; whatever is no such file is left out."""
+    found: dict[str, Any] = {}
+    for stage, keys in _HISTORY.items():
+        try:
+            facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
+            found[stage] = {key: facts[key] for key in keys}
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    if "distill" in found:
+        found["distill"]["losses"] = _thinned([float(x) for x in found["distill"]["losses"]])
+    return found
+
+
+_HISTORY = {
+    "prune": ("method", "ratio", "by", "removed", "kept", "scores", "output_sqnr_db", "width"),
+    "distill": ("losses", "before", "after", "options"),
+}
+
+
+def _thinned(losses: Sequence[float], most: int = 400) -> list[list[float]]:
+    """At most `most` points (step, mean loss since the last point)."""
+    each = max(1, -(-len(losses) // most))
+    parts = [losses[start : start + each] for start in range(0, len(losses), each)]
+    return [[min((i + 1) * each, len(losses)), sum(part) / len(part)] for i, part in enumerate(parts)]
 
 
 def provenance(subject: Subject, command: str, quality: Findings) -> dict[str, Any]:

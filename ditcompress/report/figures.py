@@ -64,6 +64,20 @@ def _classes(r: Result) -> str:
     return f"{_range(change, 'percentage points')} over {len(change)} classes."
 
 
+def _history(r: Result, stage: str) -> Mapping[str, Any]:
+    return r.get("history", {}).get(stage, {})  # type: ignore[no-any-return]
+
+
+def _training(r: Result) -> str:
+    points = _history(r, "distill")["losses"]
+    return f"from {number(points[0][1])} to {number(points[-1][1])} over {points[-1][0]:.0f} steps."
+
+
+def _blocks(r: Result) -> str:
+    facts = _history(r, "prune")
+    return f"{len(facts['removed'])} of {len(facts['removed']) + len(facts['kept'])} blocks removed."
+
+
 _FIGURES: Sequence[tuple[str, str, Callable[[Result], str | None], Callable[[Result], str]]] = (
     (
         "SQNR of the denoiser over timesteps",
@@ -102,5 +116,17 @@ _FIGURES: Sequence[tuple[str, str, Callable[[Result], str | None], Callable[[Res
         "Compressed minus original, in percentage points, of the images asked for with each class.",
         lambda r: plots.class_change(r["pairs"].get("per_class", [])),
         _classes,
+    ),
+    (
+        "Importance of the blocks",
+        "By the method that pruned them; the removed ones in orange.",
+        lambda r: plots.block_scores(_history(r, "prune").get("scores", {}), _history(r, "prune").get("removed", [])),
+        _blocks,
+    ),
+    (
+        "Training loss",
+        "Of the distillation after pruning: what is left of the model against the original.",
+        lambda r: plots.training_loss(_history(r, "distill").get("losses", [])),
+        _training,
     ),
 )

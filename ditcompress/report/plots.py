@@ -112,6 +112,31 @@ def psnr_distribution(values: Sequence[float | None]) -> str | None:
         return _svg(figure)
 
 
+def training_loss(points: Sequence[Sequence[float]]) -> str | None:
+    """Loss of a distillation over its steps, on a logarithmic scale."""
+    if len(points) < 2:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("training step", "loss")
+        axes.plot([x for x, _ in points], [y for _, y in points], color="#0072B2", lw=1)
+        axes.set_yscale("log")
+        return _svg(figure)
+
+
+def block_scores(scores: Mapping[str, float | None], removed: Sequence[str]) -> str | None:
+    """Importance of every unit of blocks in forward order; removed ones in another colour."""
+    values = [0.0 if value is None else value for value in scores.values()]
+    if not values:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("blocks, in forward order", "importance")
+        gone = [any(block in name.split("+") for block in removed) for name in scores]
+        axes.bar(range(len(values)), values, color=["#D55E00" if out else "#0072B2" for out in gone])
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        return _svg(figure)
+
+
 def picture(image: Tensor, low: float, high: float, size: int = 96) -> str:
     """An image (channels, height, width), [low, high] shown as black to white; of latents the first channels."""
     from PIL import Image
