@@ -194,12 +194,10 @@ class _Worker:
         return tensors, records, schemes
 
     def _seed(self, name: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big")
+        return _seed_of(self.seed, name)
 
     def _sign(self, site: Site) -> Tensor | None:
-        """The signs of the transform, shared by all linears that read the same input."""
-        order = self.decisions[site.name].rotate
-        return signs(site.in_features, self._seed(f"rotate {site.input_key}")) if order else None
+        return sign_of(self.decisions[site.name], site, self.seed)
 
     def _smooth(
         self, sites: Sequence[Site], tensors: Mapping[str, Tensor]
@@ -309,6 +307,15 @@ def record(site: Site, decision: LayerDecision, stored: Mapping[str, Tensor], sm
         weight_sqnr_db=sqnr if abs(sqnr) < float("inf") else None,
         reason=decision.reason,
     )
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def sign_of(decision: LayerDecision, site: Site, seed: int) -> Tensor | None:
+    """The signs of a linear's input transform, (in,): shared by all that read the same input. None without one."""
+    return signs(site.in_features, _seed_of(seed, f"rotate {site.input_key}")) if decision.rotate else None
 
 
 def quantization_config(recipe_name: str, outcome: Outcome) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter
 from ..distill.data import Trajectories
+from ..distill.trainer import History as History
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..loading import load_model
@@ -25,22 +27,42 @@ from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps
 from ..quantization._runner import Runner
-from ..quantization._trained import Imitation, Tuned, trained_step
+from ..quantization._trained import Imitation, Tuned, optional, trained_step
 from ..recipe import Calibration, Recipe, Training
 from .calibration import conditions_for, pick_device, settings_of
 
 
-def learns(plan: Plan) -> bool:
-    """Whether any step of the plan is trained."""
-    return any(trained_step(decision) is not None for decision in plan.layers)
+def learns(plan: Plan, recipe: Recipe, parameters: int, device: str, reporter: Reporter) -> bool:
+    """Whether any step of the plan is trained. Steps that may be left out are, with a note, where memory does not hold
+    a model of so many parameters three times in float32 (the original, its copy, the rounded weights)."""
+    if recipe.training is None or all(trained_step(decision) is None for decision in plan.layers):
+        return False
+    if not all(map(optional, plan.layers)):
+        return True
+    needed, free = 12 * parameters, _free_memory(pick_device(device))
+    if needed > free:
+        reporter.note(f"not trained: that needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+    return needed <= free
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not told by this system
+        return 2**62
 
 
 def check_training(recipe: Recipe, plan: Plan) -> None:
     """E202 when steps learn and the recipe does not say how, or normalised outputs are not trained."""
-    if learns(plan) and recipe.training is None:
+    if recipe.training is None and not all(map(optional, plan.layers)):
         raise DitcompressError("E202", f"recipe {recipe.name}", "its steps are trained", "add a section training:")
-    for decision in plan.layers:
-        if trained_step(decision) is not None and decision.rotate:
+    trained = recipe.training is not None and any(trained_step(decision) is not None for decision in plan.layers)
+    for decision in plan.layers if trained else ():
+        if decision.smooth == "fold":  # the producer is rounded after it has absorbed the smoothing
+            raise DitcompressError("E202", decision.reason, "folded smoothing is not trained", "use smooth: online")
+        if not optional(decision) and decision.rotate:
             raise DitcompressError("E202", decision.reason, "rotated inputs are not trained", "leave out rotate")
 
 

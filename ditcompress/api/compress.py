@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,7 +187,9 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
             found = _statistics_for(plan, recipe, checkpoint, job)
             inputs = found.inputs if found else {}
             by = None
-            if learns(plan) or measures(plan):
+            parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+            trained = learns(plan, recipe, parameters, job.device, job.reporter)
+            if trained or measures(plan):
                 by = driven(
                     checkpoint, recipe.calibration or Calibration(), job.conditions, job.scheduler, job.seed,
                     job.device, job.reporter,
@@ -196,7 +199,7 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
             tuned = Tuned({}, {})
-            if by is not None and learns(plan):
+            if by is not None and trained:
                 tuned = tune(
                     by, layout, plan, inputs, recipe, seed=job.seed, journal=journal, reporter=job.reporter
                 )  # fmt: skip
@@ -306,7 +309,8 @@ def _quantize_module(
     wanted = recipe.calibration or Calibration()
     settings = settings_of(wanted, seed)
     by = None
-    if (statistics is None and needs(plan)) or learns(plan) or measures(plan):
+    trained = learns(plan, recipe, sum(p.numel() for p in model.parameters()), str(model.device), reporter)
+    if (statistics is None and needs(plan)) or trained or measures(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
         by = Driven(model, adapter, source.config, scheduler, given, guidance_of(wanted, adapter, source.config))
@@ -316,7 +320,7 @@ def _quantize_module(
     inputs = statistics.inputs if statistics is not None else {}
     plan = choose(plan, layout, source.read, inputs, (lambda: by.runner(seed)) if by else None)
     tuned = Tuned({}, {})
-    if by is not None and learns(plan):
+    if by is not None and trained:
         tuned = tune(by, layout, plan, inputs, recipe, seed=seed, journal=None, reporter=reporter)
     outcome = engine.run(
         Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,

@@ -1,7 +1,9 @@
 """Steps that learn their codes: the student's weights pass through a quantizer while the teacher is imitated.
 
-A step module with `trainable(layer, params) -> Quantizer` takes part. Inputs are smoothed and rounded as they will be
-at run time (straight-through gradients). All layers are trained together on states of the teacher's trajectories.
+A step module with `trainable(layer, params) -> Quantizer` takes part; with `AFTER = True` it is also given the stored
+form that the encoding step made (`trainable(layer, params, encoded)`), and may be left out. Inputs are smoothed,
+rotated and rounded as they will be at run time (straight-through gradients). All layers are trained together on states
+of the teacher's trajectories.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn.utils import parametrize
 
 from ..distill.comparison import Imitating
 from ..distill.data import Trajectories
+from ..engine import sign_of
+from ..hadamard import rotate, unrotate
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ..runtime.linear import normed
@@ -66,6 +70,12 @@ def trained_step(decision: LayerDecision) -> tuple[ModuleType, Any] | None:
     return None
 
 
+def optional(decision: LayerDecision) -> bool:
+    """Whether the plan is whole without the decision's training."""
+    found = trained_step(decision)
+    return found is None or getattr(found[0], "AFTER", False)
+
+
 class _Round(nn.Module):
     """The quantizer of a layer around its smoothing, as a parametrization of the linear's weight."""
 
@@ -86,16 +96,20 @@ class _RoundInput:
     """Forward pre-hook: the input as it will be rounded, gradients straight through."""
 
     def __init__(
-        self, decision: LayerDecision, smooth: Tensor | None, static: tuple[Tensor, Tensor | None] | None
-    ) -> None:
+        self, decision: LayerDecision, smooth: Tensor | None, sign: Tensor | None,
+        static: tuple[Tensor, Tensor | None] | None,
+    ) -> None:  # fmt: skip
         self.spec, self.smooth, self.static = decision.activation, smooth, static or (None, None)
+        self.sign, self.block = sign, decision.rotate
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = arguments[0]
+        x = arguments[0].detach()
         divided = x if self.smooth is None else x / self.smooth
+        divided = divided if self.sign is None else rotate(divided, self.sign, self.block)
         rounded = fake_quantize(divided, self.spec, *self.static).to(x.dtype)
+        rounded = rounded if self.sign is None else unrotate(rounded, self.sign, self.block)
         rounded = rounded if self.smooth is None else rounded * self.smooth
-        return (x + (rounded - x).detach(), *arguments[1:])
+        return (arguments[0] + (rounded - x), *arguments[1:])
 
 
 class _Norm(nn.Module):
@@ -122,30 +136,38 @@ class Imitation(Imitating):
         self.quantizers: dict[str, Quantizer] = {}
         self.norms: dict[str, _Norm] = {}
         smooth = _smoothing(model, layout, plan, statistics, steps)
-        keys = {site.name: site.input_key for site in layout.sites}
+        sites = layout.by_name()
         for decision in plan.layers:
-            self._wrap(decision, statistics.get(keys[decision.site]), smooth.get(decision.site), steps, seed)
+            site = sites[decision.site]
+            sign = sign_of(decision, site, seed)
+            self._wrap(decision, statistics.get(site.input_key), smooth.get(site.name), sign, steps, seed)
         for name in self.parameters():
             self._tensor(name).requires_grad_(True)
         self._set_gains([d.site for d in plan.layers if d.output_norm])
 
-    def _wrap(self, decision: LayerDecision, statistics: Any, smooth: Tensor | None, steps: Any, seed: int) -> None:
-        linear = self.student.get_submodule(decision.site)
-        weight = linear.weight.detach().float()  # type: ignore[operator, union-attr]
-        layer = Layer(decision, weight, statistics, smooth, generator=torch.Generator().manual_seed(seed))
+    def _wrap(
+        self, decision: LayerDecision, statistics: Any, smooth: Tensor | None, sign: Tensor | None, steps: Any,
+        seed: int,
+    ) -> None:  # fmt: skip
+        linear: Any = self.student.get_submodule(decision.site)
+        weight = linear.weight.detach().float()
+        layer = Layer(decision, weight, statistics, smooth, sign, torch.Generator().manual_seed(seed))
         found = trained_step(decision)
+        if found is None or getattr(found[0], "AFTER", False):
+            encoded = steps.encode(decision, weight, statistics, smooth, seed, sign)
         if found is None:  # rounded once, and part of what the others learn to live with
-            encoded = steps.encode(decision, weight, statistics, smooth, seed)
-            fixed = encoded.dequantize() if smooth is None else encoded.dequantize() / smooth
-            linear.weight.data.copy_(fixed)  # type: ignore[operator, union-attr]
+            fixed = encoded.dequantize()
+            fixed = fixed if sign is None else unrotate(fixed, sign, decision.rotate)
+            linear.weight.data.copy_(fixed if smooth is None else fixed / smooth)
         else:
-            quantizer = found[0].trainable(layer, found[1])
+            more = (encoded,) if getattr(found[0], "AFTER", False) else ()
+            quantizer = found[0].trainable(layer, found[1], *more)
             self.quantizers[decision.site] = quantizer
             parametrize.register_parametrization(linear, "weight", _Round(quantizer, smooth), unsafe=True)
         if decision.activation.mode != "none":
             wants = decision.activation.mode == "static"
-            static = steps.static(decision, weight, statistics, smooth, None) if wants else None
-            linear.register_forward_pre_hook(_RoundInput(decision, smooth, static))
+            static = steps.static(decision, weight, statistics, smooth, sign) if wants else None
+            linear.register_forward_pre_hook(_RoundInput(decision, smooth, sign, static))
         if decision.output_norm:
             self.norms[decision.site] = _Norm(torch.ones(len(weight)))
             linear.register_forward_hook(self.norms[decision.site].hook)

@@ -1,0 +1,90 @@
+"""Trained biases: what is trained is what will run, codes stay, the output comes nearer, and it may be left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditcompress import api, recipe
+from ditcompress.api import _training
+from ditcompress.errors import DitcompressError
+from ditcompress.models import registry as families
+
+RULE: dict[str, Any] = {
+    "weight": {"format": "int", "bits": 3, "layout": "group", "group": 16, "symmetric": False},
+    "steps": ["rtn", "tune_bias"],
+}
+INPUT = {"mode": "token", "bits": 4, "symmetric": False}
+TRAINING = {"steps": 60, "batch": 16, "images": 8, "sample_steps": 4, "refresh": 100}
+
+
+def small(training: dict[str, Any] | None = TRAINING, **rule: Any) -> recipe.Recipe:
+    value = {"name": "small", "calibration": {"samples": 2, "steps": 2}, "rules": [{**RULE, **rule}]}
+    return recipe.parse_recipe(value | ({"training": training} if training else {}), "small")
+
+
+def forward(family: Any, model: Any, count: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(count, *family.latent_shape(model.config), generator=generator)
+    cond = family.random_conditions(model.config, count, generator)
+    with torch.no_grad():
+        return family.predict(model, latents, torch.linspace(20, 980, count), cond)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"activation": INPUT, "rotate": "full"}, {"activation": INPUT, "smooth": "online"}]
+)
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_the_student_is_the_model_that_will_run(monkeypatch: pytest.MonkeyPatch, name: str, rule: Any) -> None:
+    family = families.get(name)
+    model, seen = family.tiny(), []
+    if "smooth" in rule:
+        rule = {**rule, "steps": ["smooth", "rtn", "tune_bias"]}
+
+    def untrained(task: Any, *_: Any, **__: Any) -> Any:
+        seen.append(forward(family, task.student))
+        return _training.History((1.0,))
+
+    monkeypatch.setattr(_training, "train", untrained)
+    compressed = api.quantize(model, small(**rule)).model
+    error = (forward(family, compressed) - seen[0]).norm() / seen[0].norm()
+    assert error < 5e-3  # a value on the border between two codes may fall to either side
+
+
+def test_the_output_comes_nearer_with_the_same_codes() -> None:
+    family = families.get("dit")
+    model = family.tiny()
+    before = [p.requires_grad for p in model.parameters()]
+    plain, tuned = (api.quantize(model, small(training)).model for training in (None, TRAINING))
+    assert plain is not None and tuned is not None
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    wanted = forward(family, model)
+    errors = [float((forward(family, found) - wanted).square().sum()) for found in (plain, tuned)]
+    assert errors[1] < 0.95 * errors[0]
+    one, other = plain.state_dict(), tuned.state_dict()
+    assert {n for n in one if not torch.equal(one[n], other[n])} <= {n for n in one if n.endswith(".bias")}
+
+
+def test_without_memory_it_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditcompress.console import Silent
+
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    monkeypatch.setattr(_training, "_free_memory", lambda device: 10)
+    notes = Notes()
+    api.quantize(families.get("dit").tiny(), small(), reporter=notes)
+    assert any(text.startswith("not trained") for text in notes.said)
+
+
+def test_folded_smoothing_is_refused() -> None:
+    with pytest.raises(DitcompressError, match=r"E202.*smooth: online"):
+        api.quantize(families.get("dit").tiny(), small(smooth="fold", steps=["smooth", "rtn", "tune_bias"]))
