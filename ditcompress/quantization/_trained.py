@@ -264,12 +264,12 @@ def _smoothing(
 ) -> dict[str, Tensor]:
     """The smoothing vector of every smoothed site, chosen as the engine will choose it."""
     decisions = plan.by_site()
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for site in layout.sites:
         if site.name in decisions and decisions[site.name].smooth != "none":
-            groups.setdefault(site.input_key, []).append(site.name)
+            groups.setdefault((site.block, site.input_key), []).append(site.name)
     found: dict[str, Tensor] = {}
-    for key, names in groups.items():
+    for (_, key), names in groups.items():
         weights = [model.get_submodule(name).weight.detach().float() for name in names]  # type: ignore[union-attr, operator]
         s = steps.prepare([decisions[name] for name in names], weights, statistics.get(key))
         if s is not None:
