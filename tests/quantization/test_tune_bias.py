@@ -11,6 +11,8 @@ from torch import Tensor
 from ditcompress import api, recipe
 from ditcompress.api import _training
 from ditcompress.errors import DitcompressError
+from ditcompress.evaluation.digits import digits_folder
+from ditcompress.loading import load_model
 from ditcompress.models import registry as families
 
 RULE: dict[str, Any] = {
@@ -18,7 +20,7 @@ RULE: dict[str, Any] = {
     "steps": ["rtn", "tune_bias"],
 }
 INPUT = {"mode": "token", "bits": 4, "symmetric": False}
-TRAINING = {"steps": 60, "batch": 16, "images": 8, "sample_steps": 4, "refresh": 100}
+TRAINING = {"steps": 60, "batch": 16, "images": 16, "sample_steps": 8, "refresh": 100}
 
 
 def small(training: dict[str, Any] | None = TRAINING, **rule: Any) -> recipe.Recipe:
@@ -55,8 +57,7 @@ def test_the_student_is_the_model_that_will_run(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_output_comes_nearer_with_the_same_codes() -> None:
-    family = families.get("dit")
-    model = family.tiny()
+    family, model = families.get("dit"), load_model(digits_folder())[0]
     before = [p.requires_grad for p in model.parameters()]
     plain, tuned = (api.quantize(model, small(training)).model for training in (None, TRAINING))
     assert plain is not None and tuned is not None
