@@ -253,6 +253,7 @@ class _Job:
             "timesteps": list(scores.timesteps),
             "by_timestep": {name: [_finite(v) for v in row] for name, row in scores.by_timestep.items()},
             "fixed": dict(context.depth.fixed),
+            "notes": dict(scores.notes),
         }
 
 

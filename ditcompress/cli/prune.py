@@ -56,9 +56,9 @@ def prune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Remove whole blocks. Stock diffusers loads the result, without this package; nothing is trained.
+    """Remove whole blocks. Stock diffusers loads the result, without this package.
 
-    Methods: random, magnitude, taylor, shortgpt, sana-bi, flux-lite, laptop-diff, oracle-greedy.
+    `ditcompress explain` lists the methods. Few of them train anything; the others take seconds to minutes.
     """
     with common.command(as_json, debug):
         from .. import api

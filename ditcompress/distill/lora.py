@@ -17,10 +17,12 @@ from ..calibration.trajectory import generator
 
 
 class Adapters:
-    """Factors `down` (rank, in) and `up` (out, rank) of every linear inside `blocks`; `up` begins at zero."""
+    """Factors `down` (rank, in) and `up` (out, rank) of every linear inside `blocks`; `up` begins at zero.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], rank: int, seed: int) -> None:
-        self.model = model
+    Their product counts `scale` times. While `enabled` is False the model is as it was."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], rank: int, seed: int, scale: float = 1.0) -> None:
+        self.model, self.scale, self.enabled = model, scale, True
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.handles: list[Any] = []
         inside = tuple(f"{block}." for block in blocks)
@@ -40,7 +42,10 @@ class Adapters:
         self.factors[name] = pair
 
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + functional.linear(functional.linear(arguments[0], pair[0]), pair[1]).to(output.dtype)
+            if not self.enabled:
+                return output
+            change = functional.linear(functional.linear(arguments[0], pair[0]), pair[1])
+            return output + (self.scale * change).to(output.dtype)
 
         self.handles.append(linear.register_forward_hook(hook))
 
@@ -53,12 +58,21 @@ class Adapters:
 
     def merge(self) -> list[str]:
         """Put W + B A into the linears and remove the adapters; the names of the changed weights."""
+        changes = self.changes()
+        self.remove()
+        with torch.no_grad():
+            for name, change in changes.items():
+                weight: Any = self.model.get_submodule(name).weight
+                weight.add_(change.to(weight.dtype))
+        return [f"{name}.weight" for name in changes]
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, Tensor]:
+        """What the adapters add to the weight (out, in) of each linear."""
+        return {name: self.scale * (up @ down) for name, (down, up) in self.factors.items()}
+
+    def remove(self) -> None:
+        """Take the adapters off; the model is as it was."""
         for handle in self.handles:
             handle.remove()
-        with torch.no_grad():
-            for name, (down, up) in self.factors.items():
-                weight: Any = self.model.get_submodule(name).weight
-                weight.add_((up @ down).to(weight.dtype))
-        changed = [f"{name}.weight" for name in self.factors]
         self.handles, self.factors = [], {}
-        return changed

@@ -1,0 +1,115 @@
+"""What methods that learn share: their training options, states, and gates on the units of a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..distill.data import Trajectories
+from ..distill.settings import Settings
+from ._streams import replaced
+from .base import Context, ProbeParams
+
+
+class LearnedParams(ProbeParams):
+    """Beside the probes, with which the result is measured: `updates` of the optimiser on `rows` states each; the
+    states are those of `images` trajectories, which are renewed after `refresh` updates."""
+
+    updates: int = Field(400, ge=1)
+    rows: int = Field(32, ge=1)
+    images: int = Field(64, ge=1)
+    refresh: int = Field(200, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+
+
+def states(context: Context, params: LearnedParams) -> Trajectories:
+    """Training states along the whole model's own trajectories."""
+    assert context.data is not None, 'the method must name "training" among its NEEDS'
+    return context.data(images=params.images, refresh=params.refresh, sample_steps=params.steps)
+
+
+def settings(params: LearnedParams, **others: Any) -> Settings:
+    """Of the trainer, with a state to go on from at least every quarter."""
+    every = max(1, min(200, params.updates // 4))
+    return Settings(
+        steps=params.updates, batch=params.rows, learning_rate=params.learning_rate, save_every=every, **others
+    )
+
+
+def journal(context: Context, name: str) -> Path | None:
+    """A folder for the states of one of several trainings, where states are kept at all."""
+    if context.journal is None:
+        return None
+    folder = context.journal / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class Plain:
+    """The parts of a trainer's task that most tasks leave empty."""
+
+    def rates(self) -> dict[str, float]:
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows an update."""
+
+    def extra(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """There is nothing else."""
+
+
+class Gates:
+    """`factors` by unit, () or one for each sample (n,): its blocks give m * output + (1 - m) * input in every stream.
+    A unit without a factor runs as it is, so at first the model is whole."""
+
+    def __init__(self) -> None:
+        self.factors: Mapping[str, Tensor] = {}
+
+    @contextmanager
+    def at(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The gates at these factors inside, open again afterwards."""
+        self.factors = factors
+        try:
+            yield
+        finally:
+            self.factors = {}
+
+    def hook(self, unit: str) -> Callable[..., Any]:
+        def gated(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            factor = self.factors.get(unit)
+            if factor is None:
+                return output
+            return replaced(block, args, kwargs, output, lambda x, y: _blend(factor, x, y))
+
+        return gated
+
+
+def _blend(factor: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if factor.ndim:  # video models may run the frames of a sample as samples of their own
+        factor = factor.repeat_interleave(len(x) // len(factor)).reshape(-1, *[1] * (x.ndim - 1))
+    factor = factor.to(y.device, y.dtype)
+    return factor * y + (1 - factor) * x
+
+
+@contextmanager
+def gated(context: Context) -> Iterator[Gates]:
+    """Gates on every unit of the model; they are taken off in the end."""
+    gates = Gates()
+    handles = [
+        context.model.get_submodule(block).register_forward_hook(gates.hook(name), with_kwargs=True)
+        for name in context.names
+        for block in context.blocks(name)
+    ]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
