@@ -58,7 +58,7 @@ def prune(
 ) -> None:
     """Remove whole blocks. Stock diffusers loads the result, without this package.
 
-    `ditcompress explain` lists the methods. Few of them train anything; the others take seconds to minutes.
+    `ditcompress explain "pruning methods"` lists the methods; few of them train anything.
     """
     with common.command(as_json, debug):
         from .. import api

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -113,3 +114,33 @@ def gated(context: Context) -> Iterator[Gates]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def used_outside(context: Context, blocks: Sequence[str]) -> set[str]:
+    """Parts of `blocks` that the model also calls while their block does not run, by full name: changing them changes
+    more than the block (DiT's head is modulated by the first block's embedding)."""
+    running: set[str] = set()
+    found: set[str] = set()
+    handles: list[Any] = []
+
+    def watch(block: str, path: str, part: nn.Module) -> None:
+        def begin(*_: Any) -> None:
+            if not path:
+                running.add(block)
+            elif block not in running:
+                found.add(f"{block}.{path}")
+
+        handles.append(part.register_forward_pre_hook(begin))
+        if not path:
+            handles.append(part.register_forward_hook(lambda *_: running.discard(block)))
+
+    for block in blocks:
+        for path, part in context.model.get_submodule(block).named_modules():
+            watch(block, path, part)
+    try:
+        with torch.no_grad():
+            context.predict(context.probes[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

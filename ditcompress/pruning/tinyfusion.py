@@ -193,7 +193,8 @@ def scores(context: Context, params: Params) -> Scores:
             adapters.enabled = False
         task = Search(context, params, groups, data, gates, adapters)
         options = settings(params, schedule="constant", warmup=0.0, ema=params.ema, clip=1.0)
-        train(task, options, journal=context.journal, reporter=context.reporter)
+        if any(len(patterns) > 1 for patterns in task.patterns):
+            train(task, options, journal=context.journal, reporter=context.reporter)
         found = task.found()
     values = {unit: stay for row in found for unit, stay in row.pop("stays").items()}
     return Scores({name: values[name] for name in context.names}, notes={"groups": found})

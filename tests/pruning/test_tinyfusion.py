@@ -65,7 +65,7 @@ def test_gates_learn_and_the_weights_stay() -> None:
             assert gate.grad is not None and float(gate.grad.abs().max()) > 0
             assert float(gate.grad.sum()) == pytest.approx(0, abs=1e-5 * float(gate.grad.abs().max()) + 1e-9)
         train(task, settings(FEW))
-        assert any(float(up.abs().max()) > 0 for _, up in adapters.factors.values())
+        assert any(bool(up.any()) for _, up in adapters.factors.values())
         adapters.remove()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     assert not any(module._forward_hooks for module in model.modules())
