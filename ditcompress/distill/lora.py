@@ -6,7 +6,7 @@ trained as they are: nearly free, and what pruning shifted most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +16,31 @@ from torch.nn import functional
 from ..calibration.trajectory import generator
 
 
+def linears(model: nn.Module, blocks: Sequence[str], skip: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The linears inside `blocks` by name, without those of the modules `skip`."""
+    inside, without = tuple(f"{block}." for block in blocks), tuple(f"{name}." for name in skip)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(inside) and not f"{name}.".startswith(without)
+    }
+
+
 class Adapters:
     """Factors `down` (rank, in) and `up` (out, rank) of every linear inside `blocks`; `up` begins at zero.
 
-    Their product counts `scale` times. While `enabled` is False the model is as it was."""
+    Their product counts `scale` times. Parts of the modules `skip` have none. While `enabled` is False the model is as
+    it was."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], rank: int, seed: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], rank: int, seed: int, scale: float = 1.0,
+        skip: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.model, self.scale, self.enabled = model, scale, True
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.handles: list[Any] = []
-        inside = tuple(f"{block}." for block in blocks)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.startswith(inside):
-                self._add(name, module, rank, seed)
+        for name, module in linears(model, blocks, skip).items():
+            self._add(name, module, rank, seed)
 
     def _add(self, name: str, linear: nn.Linear, rank: int, seed: int) -> None:
         draw = generator(seed, len(self.factors), 3_000_000)
