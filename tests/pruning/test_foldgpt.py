@@ -10,7 +10,7 @@ import torch
 
 from ditcompress.pruning import choose, method
 from ditcompress.pruning._learned import gated
-from ditcompress.pruning.foldgpt import Folding, Params, scores
+from ditcompress.pruning.foldgpt import Folding, Params, groups_of, rewrite, scores, share
 
 from .learned import Dying, Random, learning
 from .models import deep, inputs, run
@@ -51,3 +51,26 @@ def test_a_killed_run_ends_with_the_same_gates(tmp_path: Path) -> None:
         scores(replace(learning("dit", model, kind=Dying), journal=tmp_path), params)
     assert not any(module._forward_hooks for module in model.modules())
     assert scores(replace(learning("dit", model), journal=tmp_path), params) == whole
+
+
+def test_groups_are_neighbours_of_one_shape_and_groups_of_one_change_nothing() -> None:
+    found = learning("sd3", deep("sd3"))  # blocks 0, 1 and 3 have a second attention, the last has no text output
+    names = [f"transformer_blocks.{n}" for n in range(5)]
+    assert groups_of(found, 2, []) == [names[:2], names[2:3], names[3:4], names[4:]]
+    assert share(found, Params(share=1), []) == {} and rewrite(found, Params(share=1), []) == {}
+    shared = share(found, Params(share=2), [])
+    assert all(a.startswith(f"{names[1]}.") and b.startswith(f"{names[0]}.") for a, b in shared.items())
+    assert f"{names[1]}.attn.to_q" in shared and f"{names[1]}.ff.net.2" in shared
+    assert not any("norm" in name for name in shared)
+
+
+def test_the_cure_lowers_the_damage_of_sharing_and_leaves_the_model() -> None:
+    found, module = learning("dit", deep("dit"), 0.2), method("foldgpt", {})[0]
+    before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
+    params = Params(updates=30, rows=8, share=2, cure_rate=1e-3)
+    sick = choose(found, module, params.model_copy(update={"cure": False}), 5.0)
+    cured = choose(found, module, params, 5.0)
+    assert sick.shared == cured.shared and not sick.tensors and cured.tensors
+    assert not set(cured.tensors) & {f"{copy}.weight" for copy in cured.shared}
+    assert cured.damage is not None and sick.damage is not None and cured.damage < 0.8 * sick.damage
+    assert all(torch.equal(tensor, found.model.state_dict()[name]) for name, tensor in before.items())
