@@ -285,8 +285,8 @@ def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> 
     config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
     left = stored_once(list(checkpoint.tensors), (*choice.blocks, *choice.shared))
     names = {renamed(name, new): name for name in left}
-    cut = cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name])))
     shared = _shared(depth, choice, width)
+    cut = cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name])))
     if shared:
         cut = replace(cut, config=sharing_config(cut.config, shared), facts={**cut.facts, "stock": False})
     return cut, names
