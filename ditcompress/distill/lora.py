@@ -56,7 +56,7 @@ class Adapters:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.enabled:
                 return output
-            change = functional.linear(functional.linear(arguments[0], pair[0]), pair[1])
+            change = functional.linear(functional.linear(arguments[0].to(pair[0].dtype), pair[0]), pair[1])
             return output + (self.scale * change).to(output.dtype)
 
         self.handles.append(linear.register_forward_hook(hook))

@@ -51,6 +51,13 @@ def journal(context: Context, name: str) -> Path | None:
     return folder
 
 
+def casting(model: nn.Module) -> torch.autocast:
+    """Runs float32 copies of a model's weights, which are what learns, in the model's own lower precision."""
+    first = next(model.parameters())
+    lower = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    return torch.autocast(first.device.type, dtype=lower or torch.bfloat16, enabled=lower is not None)
+
+
 class Plain:
     """The parts of a trainer's task that most tasks leave empty."""
 

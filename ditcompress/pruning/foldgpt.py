@@ -29,7 +29,7 @@ from ..models import renamed, renumbered
 from ..models._depth import settings as shape_of
 from ..sharing import apply_shared
 from ..structure import remove_blocks
-from ._learned import Gates, LearnedParams, Plain, gated, journal, settings, states
+from ._learned import Gates, LearnedParams, Plain, casting, gated, journal, settings, states
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")
@@ -142,7 +142,9 @@ class Cure(Plain):
         given = (batch.latents, batch.timestep, batch.cond)
         with torch.no_grad():
             wanted = self.data.adapter.predict(self.context.model, *given).float()
-        return output_loss(self.data.adapter.predict(self.student, *given).float(), wanted)
+        with casting(self.context.model):
+            found = self.data.adapter.predict(self.student, *given)
+        return output_loss(found.float(), wanted)
 
 
 def rewrite(context: Context, params: Params, units: Sequence[str]) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ def rewrite(context: Context, params: Params, units: Sequence[str]) -> dict[str,
         return {}
     removed = context.depth.of(units)
     new = renumbered(context.depth, removed)
-    student = remove_blocks(context.model, context.depth, removed)
+    student = remove_blocks(context.model, context.depth, removed).float()
     apply_shared(student, {renamed(copy, new): renamed(owner, new) for copy, owner in copies.items()})
     owners = [renamed(owner, new) for owner in dict.fromkeys(copies.values())]
     task = Cure(context, params, student, owners, list(new.values()), states(context, params))

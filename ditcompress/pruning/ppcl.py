@@ -27,7 +27,7 @@ from ..distill.data import Data
 from ..distill.losses import direction_features
 from ..distill.trainer import train
 from ._cka import Chains, record, runs
-from ._learned import LearnedParams, Plain, settings, states, used_outside
+from ._learned import LearnedParams, Plain, casting, settings, states, used_outside
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")
@@ -127,7 +127,9 @@ class Students(Plain):
     ) -> None:
         self.context, self.params, self.data = context, params, data
         self.pairs = [(f"{owner}.{u}", f"{owner}.{v}") for owner, u, v in spans]
-        self.blocks = {u: copy.deepcopy(context.model.get_submodule(u)).requires_grad_(False) for u, _ in self.pairs}
+        self.blocks: dict[str, nn.Module] = {}
+        for u, _ in self.pairs:
+            self.blocks[u] = copy.deepcopy(context.model.get_submodule(u)).float().requires_grad_(False)
         self.own: dict[str, Tensor] = {}
         for u, block in self.blocks.items():
             for name, tensor in block.named_parameters():
@@ -157,7 +159,9 @@ class Students(Plain):
         found = []
         for u, v in self.pairs:
             args, kwargs, _ = self.calls[u]
-            student, teacher = _tensors(self.blocks[u](*args, **kwargs)), _tensors(self.calls[v][2])
+            with casting(self.context.model):
+                student = _tensors(self.blocks[u](*args, **kwargs))
+            teacher = _tensors(self.calls[v][2])
             found.append(direction_features(student, teacher))
             if self.params.norm:
                 found[-1] = found[-1] + self.params.norm * length_loss(student, teacher)
