@@ -33,6 +33,7 @@ from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import adapter_for, build_meta, class_of
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
+from .sharing import apply_shared, copies_of, stored_once
 from .structure import narrow
 
 NAME = "ditcompress"
@@ -51,6 +52,7 @@ class _Fields(Strict):
     layers: dict[str, str]
     shapes: dict[str, int] = Field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    shared: dict[str, str] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -68,6 +70,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         version: int = VERSION,
         recipe: str = "",
         experts: Mapping[str, Any] | None = None,
+        shared: Mapping[str, str] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -77,13 +80,14 @@ class DitcompressConfig(QuantizationConfigMixin):
             )
         try:
             given = {"recipe": recipe, "schemes": schemes, "layers": layers, **unknown}
-            fields = _Fields.model_validate({**given, "shapes": shapes or {}, "experts": experts or {}})
+            optional = {"shapes": shapes or {}, "experts": experts or {}, "shared": shared or {}}
+            fields = _Fields.model_validate({**given, **optional})
         except ValidationError as error:
             raise refuse(WHERE, error) from None
         self.quant_method = Method.DITCOMPRESS  # type: ignore[assignment]
         self.version, self.recipe = version, fields.recipe
         self.schemes, self.layers = fields.schemes, fields.layers
-        self.shapes, self.experts = fields.shapes, fields.experts
+        self.shapes, self.experts, self.shared = fields.shapes, fields.experts, fields.shared
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -109,7 +113,7 @@ class DitcompressConfig(QuantizationConfigMixin):
 
     def structure(self) -> dict[str, Any]:
         """The entries that say how the model differs from its class before any weight is compressed."""
-        entries = {"shapes": self.shapes, "experts": self.experts}
+        entries = {"shapes": self.shapes, "experts": self.experts, "shared": self.shared}
         return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
@@ -156,13 +160,15 @@ class DitcompressQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, DitcompressConfig)
-        apply_shapes(model, config.shapes)
-        apply_experts(model, config.expert_layers())
-        apply_schemes(model, config.layer_schemes())
+        _rebuild(model, config)
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
             check_expert_names(model, config.experts, self.present)
+            _compare_names(set(), {*self.present} - {*stored_once(self.present, config.shared)})
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        return stored_once(missing_keys, copies_of(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
@@ -200,7 +206,9 @@ class DitcompressQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return state_dict, {}
+        assert isinstance(self.quantization_config, DitcompressConfig)
+        names = stored_once(list(state_dict), self.quantization_config.shared)
+        return {name: state_dict[name] for name in names}, {}
 
     def supports_safetensors_serialization(self) -> bool:  # type: ignore[override]
         return True
@@ -305,11 +313,19 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """The model that `config` describes, packed layers included, without any data."""
-    model = plain_model(config)
+    model = build_meta(_plain(config))
     layers = DitcompressConfig.of(config)
     if layers is not None:
-        apply_schemes(model, layers.layer_schemes())
+        _rebuild(model, layers)
     return model
+
+
+def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
+    """Give a plain model the modules that `config` describes."""
+    apply_shapes(model, config.shapes)
+    apply_experts(model, config.expert_layers())
+    apply_schemes(model, config.layer_schemes())
+    apply_shared(model, config.shared)
 
 
 def plain_model(config: Mapping[str, Any]) -> nn.Module:
@@ -329,7 +345,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this model holds."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    return {name: tuple(state[name].shape) for name in stored_once(list(state), copies_of(model))}
 
 
 def open_model(path: str | Path, *, allow_compressed: bool = True) -> tuple[Checkpoint, nn.Module]:
@@ -404,8 +421,6 @@ def _with_buffers(config: Mapping[str, Any]) -> nn.Module:
         model = getattr(diffusers, class_of(plain)).from_config(plain)
     layers = DitcompressConfig.of(config)
     if layers is not None:
-        apply_shapes(model, layers.shapes)
-        apply_experts(model, layers.expert_layers())
-        apply_schemes(model, layers.layer_schemes())
+        _rebuild(model, layers)
         as_loaded(model, layers)
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ from ..pruning import (
 )  # fmt: skip
 from ..recipe import read_yaml
 from ..report.card import pruned_card
+from ..sharing import stored_once
 from ..structure import remove_blocks
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
-from .width import Cut, Width, check_ratio, cut_of, narrowed_model
+from .width import Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
 
@@ -125,7 +126,12 @@ def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     context, choice = job.choice(model, ModuleSource(model))
     with context.rewritten(choice.tensors):
         pruned = remove_blocks(model, context.depth, choice.blocks).eval()
-    return PruneResult(None, pruned, choice, job.facts(context, choice) | narrowed_model(pruned, width))
+    shared = _shared(context.depth, choice, width)
+    facts = job.facts(context, choice) | narrowed_model(pruned, width)
+    if shared:
+        tied_model(pruned, shared)
+        facts |= {"stock": False}
+    return PruneResult(None, pruned, choice, facts)
 
 
 def sensitivity(
@@ -253,6 +259,9 @@ class _Job:
             "timesteps": list(scores.timesteps),
             "by_timestep": {name: [_finite(v) for v in row] for name, row in scores.by_timestep.items()},
             "fixed": dict(context.depth.fixed),
+            "notes": dict(scores.notes),
+            "changed": sorted({renamed(name, new) for name in choice.tensors}),
+            "shared": {renamed(copy, new): renamed(owner, new) for copy, owner in choice.shared.items()},
         }
 
 
@@ -274,9 +283,22 @@ def method_settings(overrides: Sequence[str]) -> dict[str, Any]:
 def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> tuple[Cut, dict[str, str]]:
     """What becomes of the tensors that stay, and their old name by the new one."""
     config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
-    gone = tuple(f"{block}." for block in choice.blocks)
-    names = {renamed(name, new): name for name in checkpoint.tensors if not name.startswith(gone)}
-    return cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name]))), names
+    left = stored_once(list(checkpoint.tensors), (*choice.blocks, *choice.shared))
+    names = {renamed(name, new): name for name in left}
+    shared = _shared(depth, choice, width)
+    cut = cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name])))
+    if shared:
+        cut = replace(cut, config=sharing_config(cut.config, shared), facts={**cut.facts, "stock": False})
+    return cut, names
+
+
+def _shared(depth: Depth, choice: Choice, width: Width) -> dict[str, str]:
+    """Which modules of the new model are others of it, by their new paths; E203 beside a width ratio: the units that
+    stay differ between blocks."""
+    if choice.shared and width.ratio is not None:
+        raise DitcompressError("E203", "--width-ratio", "does not go with shared weights", "leave out one of the two")
+    new = renumbered(depth, choice.blocks)
+    return {renamed(copy, new): renamed(owner, new) for copy, owner in choice.shared.items()}
 
 
 def _write(

@@ -15,6 +15,7 @@ from ..loading import DitcompressConfig, as_loaded
 from ..models import adapter_for, build_meta
 from ..models.base import Layout
 from ..pruning import UNITS, cut_axes, kept_units, narrowed_config
+from ..sharing import apply_shared
 from ..structure import narrow, narrow_index
 
 
@@ -71,6 +72,17 @@ def _kept(
     kept = kept_units(layout, axes, width.ratio, read)
     rows = {a.name: {"kept": len(kept[a.name]), "of": a.size // a.unit_size} for a in axes if a.name in kept}
     return kept, {"width": {**width.settings(), "axes": rows}, "stock": True, "output_sqnr_db": None}
+
+
+def sharing_config(config: Mapping[str, Any], shared: Mapping[str, str]) -> dict[str, Any]:
+    """`config` of a model in which each module `shared` is the one that it names."""
+    return {**config, "quantization_config": DitcompressConfig({}, {}, recipe="prune", shared=shared).to_dict()}
+
+
+def tied_model(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Tie the modules of a model in memory, in place, so that its `save_pretrained` writes what loads again."""
+    apply_shared(model, shared)
+    as_loaded(model, DitcompressConfig({}, {}, recipe="prune", shared=shared))
 
 
 def cut_of(config: dict[str, Any], width: Width, read: Callable[[str], Tensor]) -> Cut:

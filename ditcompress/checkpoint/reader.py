@@ -222,7 +222,8 @@ def _readable(fields: Any, method: Any) -> bool:
 def _unpacked(fields: Any) -> bool:
     """Whether this is a model of ours with expert or narrower layers and no packed weight: it can be quantized."""
     ours = fields.get("quant_method") == "ditcompress"
-    return ours and not fields.get("layers") and bool(fields.get("experts") or fields.get("shapes"))
+    tied = fields.get("layers") or fields.get("shared")
+    return ours and not tied and bool(fields.get("experts") or fields.get("shapes"))
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ def prune(
 ) -> None:
     """Remove whole blocks. Stock diffusers loads the result, without this package.
 
-    Nothing is trained without --distill-steps; `distill` has more options and takes the result as its student.
-    Methods: random, magnitude, taylor, shortgpt, sana-bi, flux-lite, laptop-diff, oracle-greedy.
+    Nothing is trained without --distill-steps, save by methods that learn; `distill` has more options and takes the
+    result as its student. `ditcompress explain "pruning methods"` lists the methods.
     """
     with common.command(as_json, debug):
         from .. import api

@@ -69,6 +69,10 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     for name in checkpoint.tensors:
         if name not in stored:
             add(name, checkpoint.read(name))
+    for copy, owner in (config.shared if config else {}).items():
+        for name in checkpoint.tensors:
+            if name.startswith(f"{owner}."):
+                add(copy + name[len(owner) :], checkpoint.read(name))
     files = writer.finish()
     _write_rest(checkpoint, target, folder, component)
     again = open_checkpoint(folder)

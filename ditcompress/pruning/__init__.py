@@ -26,7 +26,8 @@ __all__ = [
 class Choice:
     """`units` in the order in which the method gave them up, their `blocks` in forward order, every unit's scores, and
     the share of all blocks' cost that goes. `damage`: share of the prediction's energy that is wrong afterwards,
-    weighted as the sampler uses it, or None where the model was not run. `tensors`: new values, by their old names."""
+    weighted as the sampler uses it, or None where the model was not run. `tensors`: new values, by their old names.
+    `shared`: for a module's old path that of the module which takes its place."""
 
     units: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -34,6 +35,7 @@ class Choice:
     saved: float
     damage: float | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_target(context: Context, ratio: float, total: float) -> None:
@@ -58,8 +60,18 @@ def choose(context: Context, module: ModuleType, params: Any, total: float) -> C
     _check(context, module, picked)
     blocks = context.depth.of(picked)
     tensors = dict(module.rewrite(context, params, picked)) if hasattr(module, "rewrite") else {}
-    damage = context.damage(picked, tensors) if context.probes else None
-    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage, tensors)
+    shared = dict(module.share(context, params, picked)) if hasattr(module, "share") else {}
+    damage = context.damage(picked, tensors | _copies(context, shared, tensors)) if context.probes else None
+    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage, tensors, shared)
+
+
+def _copies(context: Context, shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the tensors of the modules in `shared` become, by name."""
+    found = {}
+    for copy, owner in shared.items():
+        for name, tensor in context.model.get_submodule(owner).state_dict().items():
+            found[f"{copy}.{name}"] = tensors.get(f"{owner}.{name}", tensor).clone()
+    return found
 
 
 def _check(context: Context, module: ModuleType, picked: Sequence[str]) -> None:

@@ -30,14 +30,27 @@ def streams(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if not inputs:
         inputs = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()][:1]
     outputs = [y for y in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(y, Tensor)]
-    best: tuple[float, Streams] = (float("inf"), [])
+    found: list[Streams] = []
     for chosen in permutations(inputs, min(len(outputs), len(inputs))):
         pairs = list(zip(chosen, outputs, strict=False))
         if all(x.shape == y.shape for x, y in pairs):
-            change = sum(float((y - x).detach().float().square().mean()) for x, y in pairs)
-            if change < best[0]:
-                best = (change, pairs)
-    return best[1]
+            found.append(pairs)
+    return found[0] if len(found) == 1 else min(found, key=_change, default=[])
+
+
+def _change(pairs: Streams) -> float:
+    return sum(float((y - x).detach().float().square().mean()) for x, y in pairs)
+
+
+def replaced(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any,
+    change: Callable[[Tensor, Tensor], Tensor],
+) -> Any:  # fmt: skip
+    """The output of one call with `change(input, output)` in the place of every stream."""
+    new = {id(y): change(x, y) for x, y in streams(block, args, kwargs, output)}
+    if isinstance(output, (tuple, list)):
+        return type(output)(new.get(id(part), part) for part in output)
+    return new.get(id(output), output)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ A method module exports `Params`, `NEEDS` (some of "probes": it runs the model; 
     select(context, params, scores) -> units     optional: which units go, where it is more than the lowest scores
     rewrite(context, params, units) -> tensors   optional: new values of tensors in blocks that stay, by the names that
                                                  they have in the whole model, shapes as they were
+    share(context, params, units) -> modules     optional: for modules of blocks that stay, by path, the module of
+                                                 another one that takes their place
 
 Terms: a unit is one block, or several that can only go together (models/_depth.py). Its `cost` is what its removal
 saves: parameters, floating-point operations or seconds. `context.target` is the cost that has to go.
@@ -68,12 +70,13 @@ class Probe:
 @dataclass(frozen=True)
 class Scores:
     """Importance by unit, higher = keep. `by_timestep`: one value for each of `timesteps`; `keep`: units that the
-    method never gives up."""
+    method never gives up; `notes`: what else it found, as JSON values for prune.json."""
 
     values: Mapping[str, float]
     by_timestep: Mapping[str, Sequence[float]] = field(default_factory=dict)
     timesteps: Sequence[float] = ()
     keep: frozenset[str] = frozenset()
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ditcompress.pruning.taylor import changes
 from .models import DEPTHS, deep, inputs, run
 
 METHODS = methods.names()
-FEW = {"samples": 2, "steps": 3, "timesteps": 2, "batch": 2}
+FEW = {"samples": 2, "steps": 3, "timesteps": 2, "batch": 2, "updates": 2, "rows": 2, "images": 2}
 
 
 def few(name: str) -> list[str]:
