@@ -19,7 +19,8 @@ from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import registry
 from ditcompress.models._inputs import built
-from ditcompress.pruning._width import cut_axes, kept_units, magnitudes
+from ditcompress.pruning.width import cut_axes, kept_units
+from ditcompress.pruning.width.magnitude import magnitudes
 from ditcompress.structure import readers, spans
 
 from .models import deep, inputs, run
@@ -32,7 +33,8 @@ def silenced(name: str, model: nn.Module, ratio: float) -> nn.Module:
     model, layout = copy.deepcopy(model), registry.get(name).layout(model)
     state = model.state_dict()
     axes = cut_axes(layout, "both")
-    kept = kept_units(layout, axes, ratio, lambda key: state[key])
+    scores = {axis.name: magnitudes(layout, axis, lambda key: state[key]) for axis in axes}
+    kept = kept_units(layout, axes, scores, ratio)
     with torch.no_grad():
         for axis in axes:
             gone = set(range(axis.size // axis.unit_size)) - set(kept[axis.name])
