@@ -42,13 +42,15 @@ class WidthParams(StrictParams):
 @dataclass
 class Context(depth.Context):
     """Everything a width method may look at: what depth methods see, and what drives the sampler. `ratio` is the share
-    of units that will go; `conditions(n)` are those of n images."""
+    of units that will go; `conditions(n)` are those of n images;
+    `cache` holds what a method needs twice."""
 
     ratio: float = 0.0
     config: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Any = None
     guidance: float = 1.0
     conditions: Callable[[int], Conditions] | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """A tensor of the model by name, on the CPU."""
