@@ -1,9 +1,9 @@
 """UDFC: channels that go are put together again from those that stay, by the weights alone (arXiv 2308.07209).
 
 A channel j of an axis is described by its rows in the writers (weights and biases). The combination s of the rows that
-stay, s = argmin |w_j - W_K^T s|^2 + lambda |s|^2, is folded into the reader, W2[:, K] += W2[:, j] s^T: exact between two
-linear layers, a guess behind an activation or an attention. No data are read, so the result can be quantized by any
-recipe. The units that go are those of least magnitude.
+stay, s = argmin |w_j - W_K^T s|^2 + lambda |s|^2, is folded into the reader, W2[:, K] += W2[:, j] s^T. That is exact
+between two linear layers and a guess behind an activation or an attention. No data are read, so the result can be
+quantized by any recipe. The units that go are those of least magnitude.
 """
 
 from __future__ import annotations
