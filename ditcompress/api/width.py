@@ -19,7 +19,7 @@ from ..pruning import method
 from ..pruning.width import UNITS, Context, Narrowing, cut_axes, narrowed_config, narrowing, registry
 from ..structure import narrow, narrow_index
 
-METHOD = "magnitude"  # the default
+METHOD = "obs-diff"  # the default
 
 
 def check_ratio(option: str, ratio: float | None) -> None:

@@ -43,7 +43,7 @@ def prune(
         float | None, typer.Option(help="Share of the neurons and heads of the blocks that are left to remove.")
     ] = None,
     width_units: Annotated[str, typer.Option(help="What is narrowed: both, neurons or heads.")] = "both",
-    width_method: Annotated[str, typer.Option(help="How neurons and heads are chosen.")] = "magnitude",
+    width_method: Annotated[str, typer.Option(help="How neurons and heads are chosen.")] = "obs-diff",
     set_: Set = None,
     width_set: Annotated[
         list[str] | None, typer.Option(help="A parameter of the width method: key=value (repeatable).")

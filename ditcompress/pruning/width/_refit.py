@@ -14,15 +14,25 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...calibration.sensitivity import token_weights
 from ...models.base import Axis, Layout, Site
 from ...structure import narrow_index, readers
-from ..base import Probe
-from .base import Context
+from ..base import Probe, ProbeParams
+from ._axes import Scope
+from .base import Context, WidthParams
 
 Weighting = Literal["timestep", "output"]
+
+
+class RefitParams(ProbeParams, WidthParams):
+    """`damp`: share of the mean diagonal added to C, towards the old weight."""
+
+    samples: int = Field(24, ge=1, le=100_000)
+    damp: float = Field(0.001, ge=0)
+    scope: Scope = "global"
 
 
 def all_readers(layout: Layout, axes: Sequence[Axis]) -> list[Site]:

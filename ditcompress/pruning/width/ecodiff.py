@@ -23,41 +23,42 @@ from ...calibration.trajectory import Sampling, Walk, generator, sample
 from ...distill.settings import Settings
 from ...distill.trainer import train
 from ...models.base import Axis, Layout
-from ..base import ProbeParams
 from . import obs_diff
-from ._axes import Scope, count_of
+from ._axes import count_of
 from ._masks import BETA, HIGH, LOW, Gates, gate, through_sampler
-from .base import Context, WidthParams, places
+from ._refit import RefitParams, refit
+from .base import Context, places
 
 NEEDS = ("probes", "sampler")
 OPEN = BETA * math.log(-LOW / HIGH)  # a gate is open with probability sigmoid(logit - OPEN)
+BUDGET_WIDTH = 0.05  # excess of open gates at which the regulariser has its full weight
 REG_SCALE, REG_SHIFT = 0.4, 1.0  # of the sigmoid in the regulariser
 
 
-class Params(ProbeParams, WidthParams):
+class Params(RefitParams):
     """`updates` of `accumulate` batches of `images_each` out of `prompts` images, each through `sample_steps` steps;
     `rate_heads`, `rate_neurons`, `rate_modulation` and `warmup` updates of AdamW; `init` logits; `eps` bounds the
     noise; `beta` weighs the regulariser, `norm` its kind: 0 (expected number), 1 or 2, of sigmoid(0.4 logit + 1) with
-    `reg_sigmoid`. `modulation`: share of modulation outputs silenced. `refit`, `damp`: the fit afterwards."""
+    `reg_sigmoid`; with `budget` it fades, and turns round, as the share of open gates reaches what will stay.
+    `modulation`: share of modulation outputs silenced. `refit`: fit the readers afterwards."""
 
-    updates: int = Field(50, ge=1)
+    updates: int = Field(100, ge=1)
     accumulate: int = Field(1, ge=1)
     images_each: int = Field(8, ge=1)
     prompts: int = Field(64, ge=1)
-    sample_steps: int = Field(25, ge=1, le=1000)
+    sample_steps: int = Field(10, ge=1, le=1000)
     rate_heads: float = Field(0.5, gt=0)
-    rate_neurons: float = Field(0.1, gt=0)
+    rate_neurons: float = Field(0.3, gt=0)
     rate_modulation: float = Field(0.5, gt=0)
     warmup: int = Field(10, ge=0)
     init: float = 3.0
     eps: float = Field(0.1, gt=0)
-    beta: float = Field(0.01, ge=0)
+    beta: float = Field(0.1, ge=0)
     norm: Literal[0, 1, 2] = 1
     reg_sigmoid: bool = True
+    budget: bool = True
     modulation: float = Field(0.0, ge=0, lt=1)
     refit: bool = True
-    damp: float = Field(0.01, ge=0)
-    scope: Scope = "global"
 
 
 def scores(context: Context, axes: Sequence[Axis], params: Params) -> dict[str, Tensor]:
@@ -87,8 +88,7 @@ def rewrite(
                 tensors[name] = context.read(name).index_fill(0, gone, 0.0)
     if not params.refit:
         return tensors
-    wanted = obs_diff.Params(**params.model_dump(include=set(ProbeParams.model_fields)), damp=params.damp)
-    return tensors | obs_diff.rewrite(context, axes, kept, wanted)
+    return tensors | refit(context, kept, obs_diff.reader_grams(context, axes, "output"), params.damp)
 
 
 def modulations(layout: Layout) -> list[Gates]:
@@ -160,16 +160,30 @@ class Gating:
     def regulariser(self) -> Tensor:
         """For each kind of gates the mean over its groups of |l|_1 / n, |l|_2 / n, or the expected share of open
         gates; summed over kinds."""
-        kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+        kinds: dict[tuple[bool, bool], list[Gates]] = {}
         for group in self.groups:
-            logit = self.logits[group.name]
-            value = torch.sigmoid(REG_SCALE * logit + REG_SHIFT) if self.params.reg_sigmoid else logit
-            if self.params.norm == 0:
-                size = torch.sigmoid(logit - OPEN).sum()
-            else:
-                size = torch.linalg.vector_norm(value, self.params.norm)
-            kinds.setdefault((group.outputs, group.size > 1), []).append(size / group.count)
-        return torch.stack([torch.stack(sizes).mean() for sizes in kinds.values()]).sum()
+            kinds.setdefault((group.outputs, group.size > 1), []).append(group)
+        return torch.stack([
+            self.pull(members) * torch.stack([self.size_of(g) for g in members]).mean() for members in kinds.values()
+        ]).sum()  # fmt: skip
+
+    def size_of(self, group: Gates) -> Tensor:
+        """The regulariser of one group."""
+        logit = self.logits[group.name]
+        if self.params.norm == 0:
+            return torch.sigmoid(logit - OPEN).sum() / group.count
+        value = torch.sigmoid(REG_SCALE * logit + REG_SHIFT) if self.params.reg_sigmoid else logit
+        return torch.linalg.vector_norm(value, self.params.norm) / group.count
+
+    def pull(self, members: Sequence[Gates]) -> float:
+        """1, or with `budget` in proportion to how far the share of open gates of this kind is above what will stay,
+        within -1..1."""
+        if not self.params.budget:
+            return 1.0
+        gone = self.params.modulation if members[0].outputs else self.context.ratio
+        logits = torch.cat([self.logits[group.name].detach() for group in members])
+        excess = float((logits > 0).double().mean()) - (1 - gone)
+        return max(-1.0, min(1.0, excess / BUDGET_WIDTH))
 
     def after_step(self, step: int) -> None:
         """Nothing follows an update."""

@@ -18,28 +18,26 @@ from pydantic import Field
 from torch import Tensor
 
 from ...models.base import Axis
-from ..base import Probe, ProbeParams
-from ._axes import Scope, count_of
-from ._refit import Weighting, all_readers, augmented, damped, grams, refit
-from .base import Context, WidthParams, places
+from ..base import Probe
+from ._axes import count_of
+from ._refit import RefitParams, Weighting, all_readers, augmented, damped, grams, refit
+from .base import Context, places
 
 NEEDS = ("probes",)
 
 
-class Params(ProbeParams, WidthParams):
-    """`damp`: share of the mean diagonal added to C; `rounds`: in how many parts all neurons of an axis go; `weighting`
-    of tokens: output or timestep; `compensate` false leaves the weights that stay as they are."""
+class Params(RefitParams):
+    """`rounds`: in how many parts all neurons of an axis go; `weighting` of tokens: output or timestep; `compensate`
+    false leaves the weights that stay as they are."""
 
-    damp: float = Field(0.01, ge=0)
-    rounds: int = Field(32, ge=1)
+    rounds: int = Field(128, ge=1)
     weighting: Weighting = "output"
     compensate: bool = True
-    scope: Scope = "global"
 
 
 def scores(context: Context, axes: Sequence[Axis], params: Params) -> dict[str, Tensor]:
     """Error that a unit's removal adds when its turn comes, (units,) float64, never falling along the turns."""
-    found = _grams(context, axes, params)
+    found = reader_grams(context, axes, params.weighting)
     return {axis.name: removal(context, axis, found, params.damp, params.rounds) for axis in axes}
 
 
@@ -47,7 +45,7 @@ def rewrite(
     context: Context, axes: Sequence[Axis], kept: Mapping[str, Sequence[int]], params: Params
 ) -> dict[str, Tensor]:
     """The readers' weights and biases, compensated."""
-    return refit(context, kept, _grams(context, axes, params), params.damp) if params.compensate else {}
+    return refit(context, kept, reader_grams(context, axes, params.weighting), params.damp) if params.compensate else {}
 
 
 def timestep_weight(step: int, steps: int) -> float:
@@ -55,16 +53,16 @@ def timestep_weight(step: int, steps: int) -> float:
     return 0.8 + (0.4 * math.log(steps - step) / math.log(steps) if steps > 1 else 0.4)
 
 
-def _grams(context: Context, axes: Sequence[Axis], params: Params) -> Mapping[str, Tensor]:
+def reader_grams(context: Context, axes: Sequence[Axis], weighting: Weighting) -> Mapping[str, Tensor]:
     """C of every reader; computed once for a context."""
     steps = 1 + max((probe.step for probe in context.probes), default=0)
 
     def scale(probe: Probe) -> float:
-        return probe.weight if params.weighting == "output" else timestep_weight(probe.step, steps)
+        return probe.weight if weighting == "output" else timestep_weight(probe.step, steps)
 
-    key = f"grams {params.weighting}"
+    key = f"grams {weighting}"
     if key not in context.cache:
-        context.cache[key] = grams(context, all_readers(context.layout, axes), params.weighting, scale)
+        context.cache[key] = grams(context, all_readers(context.layout, axes), weighting, scale)
     return context.cache[key]
 
 
