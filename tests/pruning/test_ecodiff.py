@@ -154,7 +154,7 @@ def test_parameters_of_a_unit_are_counted_as_the_card_does() -> None:
 
 @pytest.mark.parametrize("sigmoid", [True, False])
 def test_the_regulariser_alone_closes_gates_or_draws_raw_logits_to_zero(sigmoid: bool) -> None:
-    task = gating(context("dit"), reg_sigmoid=sigmoid, init=1.0)
+    task = gating(context("dit"), reg_sigmoid=sigmoid, init=1.0, budget=False)
     optimizer = torch.optim.Adam(task.parameters().values(), lr=0.05)
     means = []
     for _ in range(60):
@@ -166,10 +166,21 @@ def test_the_regulariser_alone_closes_gates_or_draws_raw_logits_to_zero(sigmoid:
         assert all(later < earlier for earlier, later in pairwise(means)) and means[-1] < -1
     else:
         assert abs(means[-1]) < 0.1
-    zero = gating(context("dit"), norm=0)
+    zero = gating(context("dit"), norm=0, budget=False)
     assert float(zero.regulariser().detach()) == pytest.approx(
         2 / (1 + pow(2.718281828, -(3 + 0.83 * 2.3979))), rel=1e-3
     )
+
+
+def test_the_budget_turns_the_regulariser_round_where_too_many_gates_are_closed() -> None:
+    task = gating(context("dit"))  # a quarter goes
+    assert [task.pull([group]) for group in task.groups[:2]] == [1.0, 1.0]
+    with torch.no_grad():
+        heads = next(group for group in task.groups if group.count == 4)
+        task.logits[heads.name][:1] = -1
+        assert task.pull([heads]) == pytest.approx(0.0, abs=1e-9)
+        task.logits[heads.name][:2] = -1
+        assert task.pull([heads]) == -1.0
 
 
 def test_a_multistep_scheduler_takes_part_and_one_without_gradients_is_refused() -> None:

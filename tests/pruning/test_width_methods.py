@@ -29,7 +29,7 @@ from .models import deep, inputs, run
 
 METHODS = registry.names()
 FAMILIES = ["dit", "flux", "pixart", "sd3"]
-FEW = {"samples": 2, "steps": 3, "timesteps": 2, "batch": 2, "updates": 2, "images_each": 1, "prompts": 2,
+FEW = {"samples": 1, "steps": 3, "timesteps": 2, "batch": 2, "updates": 2, "images_each": 1, "prompts": 2,
        "sample_steps": 2}  # fmt: skip
 
 
