@@ -8,7 +8,7 @@ once. Shapes: K columns, with bias K + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from ._axes import Scope
 from .base import Context, WidthParams
 
 Weighting = Literal["timestep", "output"]
+CHUNK = 8  # images of a backward pass at once
 
 
 class RefitParams(ProbeParams, WidthParams):
@@ -69,23 +70,28 @@ def grams(
         product = tokens.T @ (tokens * w)
         found[name] = found[name] + product if name in found else product
 
-    apart = [replace(site, reads=("",)) for site in sites]  # each linear has statistics of its own
-    alone = replace(context.layout, sites=tuple(apart))
+    alone = replace(context.layout, sites=tuple(replace(site, reads=("",)) for site in sites))  # of each its own
     for number, probe in enumerate(context.probes):
         factor = scale(probe)
         if weighting == "output":
-            device = next(context.model.parameters()).device
-            seen = token_weights(
-                context.model, context.adapter, alone, probe.latents.to(device), probe.timestep.to(device), probe.cond,
-                context.seed + number,
-            )  # fmt: skip
-            for site in apart:
-                for x, weight in seen.get(site.input_key, ()):
-                    add(site.name, x, weight * factor)
+            for start in range(0, len(probe.latents), CHUNK):
+                seed = 1009 * (context.seed + number) + start
+                for name, x, weight in _weighed(context, alone, probe.rows(slice(start, start + CHUNK)), seed):
+                    add(name, x, weight * factor)
         else:
             with torch.no_grad(), listening(modules, lambda name, x, factor=factor: add(name, x, factor)):  # type: ignore[misc]
                 context.predict(probe)
     return found
+
+
+def _weighed(context: Context, alone: Layout, probe: Probe, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(reader, input, token weights) of one backward pass; `alone`: a layout in which no two readers share an input."""
+    device = next(context.model.parameters()).device
+    latents, timestep = probe.latents.to(device), probe.timestep.to(device)
+    seen = token_weights(context.model, context.adapter, alone, latents, timestep, probe.cond, seed)
+    for site in alone.sites:
+        for x, weight in seen.get(site.input_key, ()):
+            yield site.name, x, weight
 
 
 @contextmanager
