@@ -17,7 +17,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 class Registry:
-    """The public modules of a package (no leading underscore, not `base`), imported when asked for.
+    """The public modules of a package (no leading underscore, not `base`, no package), imported when asked for.
 
     `exports` are the attributes every module must have; one that lacks any is our bug and raises TypeError.
     """
@@ -27,7 +27,7 @@ class Registry:
 
     def names(self) -> list[str]:
         path = importlib.import_module(self.package).__path__
-        found = (module.name for module in pkgutil.iter_modules(path))
+        found = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
         return sorted(n for n in found if not n.startswith("_") and n != "base")
 
     def get(self, name: str) -> ModuleType:

@@ -48,6 +48,8 @@ class Pruning(Strict):
     params: dict[str, Any] = {}
     width_ratio: float | None = Field(None, gt=0, lt=1)
     width_units: Literal["both", "neurons", "heads"] = "both"
+    width_method: str = "obs-diff"
+    width_params: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _something(self) -> Pruning:

@@ -87,7 +87,7 @@ def apply_fold(tensors: Mapping[str, Tensor], axis: str | Axis, layout: Layout, 
     return result
 
 
-def _channels(axis: Axis, units: Sequence[int]) -> Tensor:
+def unit_channels(axis: Axis, units: Sequence[int]) -> Tensor:
     """Channel indices of `units` in their order."""
     first = torch.as_tensor(list(units), dtype=torch.long) * axis.unit_size
     return (first[:, None] + torch.arange(axis.unit_size)).flatten()
@@ -121,7 +121,7 @@ def _linear(model: nn.Module, site: Site) -> nn.Linear:
 
 def _take(model: nn.Module, axis: Axis, layout: Layout, units: Sequence[int]) -> None:
     """Rebuild every site of `axis` with `units`, in that order."""
-    kept = _channels(axis, units)
+    kept = unit_channels(axis, units)
     for site in writers(layout, axis.name):
         linear = _linear(model, site)
         _select(linear, 0, _selection(layout, site.writes, linear.out_features, axis, kept))
@@ -185,7 +185,7 @@ def _update_widths(model: nn.Module, axis: Axis, layout: Layout, count: int) -> 
 def narrow_index(layout: Layout, kept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Site, int, Tensor]]:
     """(site, dimension, indices to keep) for every linear that an axis of `kept` (name -> units) reaches: dimension 0
     are its rows and bias, 1 its columns. Several axes of one concatenation are cut together."""
-    channels = {name: _channels(layout.axes[name], units) for name, units in kept.items()}
+    channels = {name: unit_channels(layout.axes[name], units) for name, units in kept.items()}
     for site in layout.sites:
         for dim, names, total in ((0, site.writes, site.out_features), (1, site.reads, site.in_features)):
             if not set(names) & set(channels):

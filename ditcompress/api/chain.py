@@ -140,10 +140,14 @@ def _once(place: Path, make: Callable[[], Any]) -> Any:
 def _prune(job: _Chain, out: Path | None, last: Path | None = None) -> Any:
     wanted = job.recipe.prune
     assert wanted is not None
-    overrides = [f"{key}={json.dumps(value)}" for key, value in wanted.params.items()]
+    overrides, width_overrides = (
+        [f"{key}={json.dumps(value)}" for key, value in params.items()]
+        for params in (wanted.params, wanted.width_params)
+    )
     return prune(
         job.path, wanted.ratio, out, by=wanted.by, method=wanted.method, width_ratio=wanted.width_ratio,
-        width_units=wanted.width_units, overrides=overrides, seed=job.seed, dtype=job.dtype, dry_run=out is None,
+        width_units=wanted.width_units, width_method=wanted.width_method, overrides=overrides,
+        width_overrides=width_overrides, seed=job.seed, dtype=job.dtype, dry_run=out is None,
         **job.options(),
     ).facts  # fmt: skip
 

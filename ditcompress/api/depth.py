@@ -41,13 +41,14 @@ from ..pruning import (
     seconds,
     unit_costs,
 )  # fmt: skip
+from ..pruning import width as widths
 from ..recipe import read_yaml
 from ..report.card import pruned_card
 from ..sharing import stored_once
-from ..structure import remove_blocks
+from ..structure import remove_blocks, without_blocks
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
-from .width import Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model
+from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
 
@@ -72,6 +73,8 @@ def prune(
     method: str = "oracle-greedy",
     width_ratio: float | None = None,
     width_units: str = "both",
+    width_method: str = METHOD,
+    width_overrides: Sequence[str] = (),
     overrides: Sequence[str] = (),
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
@@ -87,14 +90,14 @@ def prune(
     """Remove whole blocks, by `method`, that hold `ratio` of all blocks' parameters (or operations, or seconds).
 
     The number of blocks is the one nearest to the ratio, so a small ratio may remove none. `width_ratio` also removes
-    that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of every block
-    that is left, by magnitude; what no plain config.json can say then needs `import ditcompress` to load. A path gives
-    the folder `out`, a model in memory a new model. A killed run of a method that learns goes on when called again,
-    unless `restart`. Raises E201 and E203 for bad options, E205 for what cannot go.
+    that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of the blocks
+    that are left, by `width_method`; what no plain config.json can say then needs `import ditcompress` to load. A path
+    gives the folder `out`, a model in memory a new model. A killed run of a method that learns goes on when called
+    again, unless `restart`. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
     reporter = reporter or Silent()
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
-    width = Width.of(ratio, width_ratio, width_units)
+    width = Width.of(ratio, width_ratio, width_units, width_method, method_settings(width_overrides, "--width-set"))
     if isinstance(model_or_path, nn.Module):
         return _prune_module(model_or_path, job, width)
     path = Path(model_or_path)
@@ -103,7 +106,7 @@ def prune(
         raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
     if dry_run:
         checkpoint, context, choice = job.run(path, device, dtype)
-        cut, _ = _cut(checkpoint, context.depth, choice, width)
+        cut, _ = _cut(checkpoint, job, context, choice, width)
         return PruneResult(None, None, choice, job.facts(context, choice) | cut.facts)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-pruned")
     with output_folder(
@@ -111,11 +114,13 @@ def prune(
         manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
                   "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
-        if "training" in job.module.NEEDS:
-            job.journal = work_folder(target, job.marks(opened.fingerprint), restart)
+        if "training" in job.module.NEEDS or width.learns:
+            job.journal = work_folder(target, {**job.marks(opened.fingerprint), **width.settings()}, restart)
         checkpoint, context, choice = job.run(path, device, dtype)
         facts = job.facts(context, choice)
-        facts = _write(checkpoint, partial, context.depth, choice, facts, width, max_shard_bytes)
+        facts = _write(
+            checkpoint, partial, _cut(checkpoint, job, context, choice, width), facts, choice, max_shard_bytes
+        )
         checkpoint.verify_unchanged()
     remove_work(job.journal)
     return PruneResult(target, None, choice, facts)
@@ -127,7 +132,8 @@ def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     with context.rewritten(choice.tensors):
         pruned = remove_blocks(model, context.depth, choice.blocks).eval()
     shared = _shared(context.depth, choice, width)
-    facts = job.facts(context, choice) | narrowed_model(pruned, width)
+    facts = narrowed_model(pruned, width, lambda: job.width_context(pruned, ModuleSource(pruned), width))
+    facts = job.facts(context, choice) | facts
     if shared:
         tied_model(pruned, shared)
         facts |= {"stock": False}
@@ -207,7 +213,7 @@ class _Job:
         if check and self.by == "params":  # refused before anything is run
             check_target(context, ratio, sum(by_block.values()))
         if "probes" in self.module.NEEDS or self.by != "params":
-            context.probes = self._probes(model, source, adapter)
+            context.probes = self._probes(model, source, adapter, self.params)
         if "training" in self.module.NEEDS:
             context.data, context.journal = self._states(model, source, adapter), self.journal
         if self.by != "params":
@@ -217,6 +223,26 @@ class _Job:
             context.target = ratio * sum(by_block.values())
             check_target(context, ratio, sum(by_block.values()))
         return context, sum(by_block.values())
+
+    def width_context(self, model: nn.Module, source: Any, width: Width) -> widths.Context:
+        """What a width method looks at in a model that has lost its blocks; nothing is run unless it asks for it."""
+        adapter, config = adapter_for(source.config), source.config
+        layout = adapter.layout(model)
+        depth = Depth((), {}, {}, depth_of(config, layout).lists)
+        context = widths.Context(model, adapter, layout, depth, {}, 0.0, (), self.seed, self.reporter,
+                                 ratio=width.ratio or 0.0, config=config)  # fmt: skip
+        if "probes" in width.module.NEEDS:
+            context.probes = self._probes(model, source, adapter, width.params)
+        if "sampler" in width.module.NEEDS:
+            context.scheduler = self._sampler(source, adapter)
+            context.guidance = float(adapter.default_guidance(config))
+            context.conditions = lambda count: conditions_for(
+                source, adapter, CalibrationSettings(samples=count, seed=self.seed), self.conditions, self.reporter
+            )
+            if self.journal is not None:
+                context.journal = self.journal / "width"
+                context.journal.mkdir(exist_ok=True)
+        return context
 
     def _sampler(self, source: Any, adapter: Any) -> Any:
         folder = Path(self.scheduler) if self.scheduler else source.scheduler_folder
@@ -236,8 +262,8 @@ class _Job:
 
         return states
 
-    def _probes(self, model: nn.Module, source: Any, adapter: Any) -> list[Probe]:
-        params = self.params if isinstance(self.params, ProbeParams) else ProbeParams(samples=4)
+    def _probes(self, model: nn.Module, source: Any, adapter: Any, params: Any) -> list[Probe]:
+        params = params if isinstance(params, ProbeParams) else ProbeParams(samples=4)
         scheduler = self._sampler(source, adapter)
         wanted = CalibrationSettings(samples=params.samples, seed=self.seed)
         given = conditions_for(source, adapter, wanted, self.conditions, self.reporter)
@@ -269,24 +295,30 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def method_settings(overrides: Sequence[str]) -> dict[str, Any]:
+def method_settings(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`key=value` texts as parameters of a method."""
     found = {}
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not key or not equals:
-            raise DitcompressError("E203", f"--set {text}", "is not key=value", "for example --set samples=8")
-        found[key] = read_yaml(raw, f"--set {key}")
+            raise DitcompressError("E203", f"{option} {text}", "is not key=value", f"for example {option} samples=8")
+        found[key] = read_yaml(raw, f"{option} {key}")
     return found
 
 
-def _cut(checkpoint: Checkpoint, depth: Depth, choice: Choice, width: Width) -> tuple[Cut, dict[str, str]]:
-    """What becomes of the tensors that stay, and their old name by the new one."""
+def _cut(
+    checkpoint: Checkpoint, job: _Job, context: Context, choice: Choice, width: Width
+) -> tuple[Cut, dict[str, str]]:
+    """What becomes of the tensors that stay, and their old name by the new one. Width is decided on the model without
+    the blocks that go."""
+    depth = context.depth
     config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
     left = stored_once(list(checkpoint.tensors), (*choice.blocks, *choice.shared))
     names = {renamed(name, new): name for name in left}
     shared = _shared(depth, choice, width)
-    cut = cut_of(config, width, lambda name: choice.tensors.get(names[name], checkpoint.read(names[name])))
+    source = replace(checkpoint, config=config)
+    with context.rewritten(choice.tensors), without_blocks(context.model, depth, choice.blocks) as model:
+        cut = cut_of(config, width, lambda: job.width_context(model, source, width))
     if shared:
         cut = replace(cut, config=sharing_config(cut.config, shared), facts={**cut.facts, "stock": False})
     return cut, names
@@ -302,15 +334,15 @@ def _shared(depth: Depth, choice: Choice, width: Width) -> dict[str, str]:
 
 
 def _write(
-    checkpoint: Checkpoint, partial: Path, depth: Depth, choice: Choice, facts: dict[str, Any], width: Width,
-    max_shard_bytes: int,
+    checkpoint: Checkpoint, partial: Path, cut_names: tuple[Cut, dict[str, str]], facts: dict[str, Any],
+    choice: Choice, max_shard_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The folder: tensors one by one under their new names, the shorter config.json, prune.json, the pipeline's other
     parts; then the names and shapes are checked against the model that will be built of it. Returns all facts."""
     component = checkpoint.component if checkpoint.pipeline else ""
     folder = partial / component
     folder.mkdir(exist_ok=True)
-    cut, names = _cut(checkpoint, depth, choice, width)
+    cut, names = cut_names
     facts = facts | cut.facts
     writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
     for name in sorted(names):

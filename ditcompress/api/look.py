@@ -154,12 +154,14 @@ def explain(name: str) -> dict[str, Any]:
     from ..formats.base import registry as formats
     from ..mixture import registry as mixtures
     from ..pruning.base import registry as prunings
+    from ..pruning.width import registry as widths
     from ..quantization.base import registry as steps
 
     kinds = {
-        "steps": steps, "pruning methods": prunings, "expert methods": mixtures, "formats": formats,
-        "metrics": metrics.registry, "distributions": distribution.registry, "external": external.registry,
-        "extractors": extractors.registry, "layouts": layouts.registry, "exporters": exporters,
+        "steps": steps, "pruning methods": prunings, "width methods": widths, "expert methods": mixtures,
+        "formats": formats, "metrics": metrics.registry, "distributions": distribution.registry,
+        "external": external.registry, "extractors": extractors.registry, "layouts": layouts.registry,
+        "exporters": exporters,
     }  # fmt: skip
     if name in kinds:
         rows = {n: _first_line(kinds[name].get(n)) for n in kinds[name].names()}

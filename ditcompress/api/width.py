@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import DitcompressError
 from ..loading import DitcompressConfig, as_loaded
-from ..models import adapter_for, build_meta
-from ..models.base import Layout
-from ..pruning import UNITS, cut_axes, kept_units, narrowed_config
+from ..measures import ratio_db
+from ..models.base import Axis
+from ..pruning import method
+from ..pruning.width import UNITS, Context, Narrowing, cut_axes, narrowed_config, narrowing, registry
 from ..sharing import apply_shared
 from ..structure import narrow, narrow_index
+
+METHOD = "obs-diff"  # the default
 
 
 def check_ratio(option: str, ratio: float | None) -> None:
@@ -27,51 +31,73 @@ def check_ratio(option: str, ratio: float | None) -> None:
 
 @dataclass(frozen=True)
 class Width:
-    """The share of neurons and heads that goes; None for nothing."""
+    """The share of neurons and heads that goes (None for nothing), and the method that chooses them."""
 
     ratio: float | None
     units: str
+    name: str
+    module: ModuleType
+    params: Any
 
     @staticmethod
-    def of(ratio: float | None, width_ratio: float | None, units: str) -> Width:
+    def of(
+        ratio: float | None, width_ratio: float | None, units: str, name: str = METHOD,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Width:  # fmt: skip
         """The checked options; E203 where neither depth nor width is asked for."""
         check_ratio("--width-ratio", width_ratio)
         if ratio is None and width_ratio is None:
             raise DitcompressError("E203", "--ratio", "is missing", "give --ratio, --width-ratio or both")
         if units not in UNITS:
             raise DitcompressError("E203", f"--width-units {units}", "is not known", f"use {', '.join(UNITS)}")
-        return Width(width_ratio, units)
+        module, params = method(name, settings or {}, registry, "--width-set")
+        return Width(width_ratio, units, name.replace("_", "-"), module, params)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a killed run has something to go on from."""
+        return self.ratio is not None and "sampler" in self.module.NEEDS
 
     def settings(self) -> dict[str, Any]:
-        return {} if self.ratio is None else {"width_ratio": self.ratio, "width_units": self.units}
+        if self.ratio is None:
+            return {}
+        return {"width_ratio": self.ratio, "width_units": self.units, "width_method": self.name,
+                "width_params": self.params.model_dump()}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The configuration after the cut, what is left of each tensor as (dimension, indices), and the facts."""
+    """The configuration after the cut, what is left of each tensor as (dimension, indices), new values of tensors in
+    their old shapes, and the facts."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
     left: Mapping[str, Sequence[tuple[int, Tensor]]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = self.tensors[name].to("cpu", tensor.dtype) if name in self.tensors else tensor
         for dim, index in self.left.get(name, ()):
             tensor = tensor.index_select(dim, index)
         return tensor
 
 
-def _kept(
-    layout: Layout, width: Width, name: str, read: Callable[[str], Tensor]
-) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """The units that stay, by axis, and the facts; E205 for a model without an axis that can be cut."""
-    if width.ratio is None:
-        return {}, {"width": None, "stock": True}
-    axes = cut_axes(layout, width.units)
+NOTHING = {"width": None, "stock": True}
+
+
+def _narrowing(context: Context, width: Width) -> tuple[Narrowing, dict[str, Any]]:
+    """What goes, and the facts; E205 for a model without an axis that can be cut."""
+    axes: list[Axis] = cut_axes(context.layout, width.units)
     if not axes:
+        name = type(context.model).__name__
         raise DitcompressError("E205", name, "no axis of it can be narrowed", "remove blocks with --ratio instead")
-    kept = kept_units(layout, axes, width.ratio, read)
-    rows = {a.name: {"kept": len(kept[a.name]), "of": a.size // a.unit_size} for a in axes if a.name in kept}
-    return kept, {"width": {**width.settings(), "axes": rows}, "stock": True, "output_sqnr_db": None}
+    found = narrowing(context, width.module, axes, width.params)
+    rows = {
+        a.name: {"kept": len(found.kept[a.name]), "of": a.size // a.unit_size} for a in axes if a.name in found.kept
+    }
+    own = None if not found.damage else ratio_db(found.damage)
+    return found, {"width": {**width.settings(), "output_sqnr_db": own, "axes": rows}, "stock": True,
+                   "output_sqnr_db": None}  # fmt: skip
 
 
 def sharing_config(config: Mapping[str, Any], shared: Mapping[str, str]) -> dict[str, Any]:
@@ -85,33 +111,36 @@ def tied_model(model: nn.Module, shared: Mapping[str, str]) -> None:
     as_loaded(model, DitcompressConfig({}, {}, recipe="prune", shared=shared))
 
 
-def cut_of(config: dict[str, Any], width: Width, read: Callable[[str], Tensor]) -> Cut:
-    """The cut of a checkpoint whose tensors `read` gives under the names of `config`'s model."""
-    layout = adapter_for(config).layout(build_meta(config)) if width.ratio is not None else Layout((), {}, ())
-    kept, facts = _kept(layout, width, str(config.get("_class_name")), read)
-    if not kept:
-        return Cut(config, facts)
+def cut_of(config: dict[str, Any], width: Width, ready: Callable[[], Context]) -> Cut:
+    """The cut of a model of `config`; `ready` gives what the method looks at."""
+    if width.ratio is None:
+        return Cut(config, NOTHING)
+    context = ready()
+    found, facts = _narrowing(context, width)
+    if not found.kept:
+        return Cut(config, facts, {}, found.tensors)
     left: dict[str, list[tuple[int, Tensor]]] = {}
-    for site, dim, index in narrow_index(layout, kept):
+    for site, dim, index in narrow_index(context.layout, found.kept):
         left.setdefault(f"{site.name}.weight", []).append((dim, index))
         if dim == 0:
             left.setdefault(f"{site.name}.bias", []).append((0, index))
-    config = narrowed_config(config, layout, kept)
-    return Cut(config, facts | {"stock": "quantization_config" not in config}, left)
+    config = narrowed_config(config, context.layout, found.kept)
+    return Cut(config, facts | {"stock": "quantization_config" not in config}, left, found.tensors)
 
 
-def narrowed_model(model: nn.Module, width: Width) -> dict[str, Any]:
+def narrowed_model(model: nn.Module, width: Width, ready: Callable[[], Context]) -> dict[str, Any]:
     """Narrow a model in memory, in place, so that its `save_pretrained` writes what loads again; the facts."""
-    name = type(model).__name__
-    layout = adapter_for(name).layout(model)
-    state = model.state_dict()
-    kept, facts = _kept(layout, width, name, lambda key: state[key].detach().cpu())
-    if not kept:
-        return facts
+    if width.ratio is None:
+        return NOTHING
+    context = ready()
+    found, facts = _narrowing(context, width)
     with torch.no_grad():
-        narrow(model, layout, kept)
-    before = {**dict(model.config), "_class_name": name}  # type: ignore[arg-type]
-    after = narrowed_config(before, layout, kept)
+        state = model.state_dict()
+        for name, tensor in found.tensors.items():
+            state[name].copy_(tensor)
+        narrow(model, context.layout, found.kept)
+    before = {**dict(model.config), "_class_name": type(model).__name__}  # type: ignore[arg-type]
+    after = narrowed_config(before, context.layout, found.kept) if found.kept else before
     fields = after.pop("quantization_config", None)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     model.register_to_config(**changed)  # type: ignore[operator]

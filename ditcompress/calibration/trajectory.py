@@ -113,23 +113,55 @@ def _batch(
     images: Sequence[int],
     on_step: Callable[[StepRecord], None] | None,
 ) -> Tensor:
-    shape = adapter.latent_shape(config)
-    device = next(model.parameters()).device
-    sampler = prepare(scheduler, sampling.steps, adapter, config)
-    stochastic = "generator" in inspect.signature(sampler.step).parameters
-    latents = initial_noise(shape, sampling.seed, images).to(device)
-    latents = latents * float(getattr(sampler, "init_noise_sigma", 1.0))
-    guided = conditions.null is not None and sampling.guidance != 1
-    for index, time in enumerate(sampler.timesteps):
+    walk = Walk(model, adapter, config, scheduler, conditions, sampling, images)
+    latents = walk.start
+    for index in range(walk.count):
+        latents = walk.step(index, latents, on_step)
+    return latents.cpu()
+
+
+class Walk:
+    """One batch on its way through a scheduler of its own: from `start`, its noise on the model's device, `count` calls
+    of `step`. A step is differentiable where gradients are enabled, and with `recall` it can be taken again."""
+
+    def __init__(
+        self, model: nn.Module, adapter: ModuleType, config: Mapping[str, Any], scheduler: Any, conditions: Conditions,
+        sampling: Sampling, images: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.model, self.adapter, self.conditions, self.sampling = model, adapter, conditions, sampling
+        self.images = list(images)
+        self.sampler = prepare(scheduler, sampling.steps, adapter, config)
+        self.stochastic = "generator" in inspect.signature(self.sampler.step).parameters
+        self.guided = conditions.null is not None and sampling.guidance != 1
+        noise = initial_noise(adapter.latent_shape(config), sampling.seed, images)
+        scale = float(getattr(self.sampler, "init_noise_sigma", 1.0))
+        self.start = noise.to(next(model.parameters()).device) * scale
+
+    @property
+    def count(self) -> int:
+        return len(self.sampler.timesteps)
+
+    def step(self, index: int, latents: Tensor, on_step: Callable[[StepRecord], None] | None = None) -> Tensor:
+        """The latents after step `index`, float32."""
+        sampler, time = self.sampler, self.sampler.timesteps[index]
         scaled = sampler.scale_model_input(latents, time) if hasattr(sampler, "scale_model_input") else latents
-        timestep = torch.as_tensor(time).to(device).expand(len(images))
-        cond, null = predict_branches(model, adapter, scaled, timestep, conditions, guided)
+        timestep = torch.as_tensor(time).to(latents.device).expand(len(self.images))
+        cond, null = predict_branches(self.model, self.adapter, scaled, timestep, self.conditions, self.guided)
         if on_step is not None:
             on_step(StepRecord(index, torch.as_tensor(time), latents, scaled, cond, null))
-        output = cond if null is None else null + sampling.guidance * (cond - null)
-        extra = {"generator": [generator(sampling.seed, image, index) for image in images]} if stochastic else {}
-        latents = sampler.step(output, time, latents, **extra, return_dict=False)[0].float()
-    return latents.cpu()
+        output = cond if null is None else null + self.sampling.guidance * (cond - null)
+        draws = [generator(self.sampling.seed, image, index) for image in self.images] if self.stochastic else []
+        extra = {"generator": draws} if self.stochastic else {}
+        moved: Tensor = sampler.step(output, time, latents, **extra, return_dict=False)[0]
+        return moved.float()
+
+    def remember(self) -> dict[str, Any]:
+        """What the scheduler keeps between steps."""
+        return {key: list(value) if isinstance(value, list) else value for key, value in vars(self.sampler).items()}
+
+    def recall(self, state: Mapping[str, Any]) -> None:
+        """Put `remember`'s state back."""
+        vars(self.sampler).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
 
 
 def predict_branches(

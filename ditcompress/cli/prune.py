@@ -40,10 +40,14 @@ def prune(
     by: Annotated[str, typer.Option(help="The cost: params, flops or latency.")] = "params",
     method: Method = "oracle-greedy",
     width_ratio: Annotated[
-        float | None, typer.Option(help="Share of the neurons and heads of every block to remove, by magnitude.")
+        float | None, typer.Option(help="Share of the neurons and heads of the blocks that are left to remove.")
     ] = None,
     width_units: Annotated[str, typer.Option(help="What is narrowed: both, neurons or heads.")] = "both",
+    width_method: Annotated[str, typer.Option(help="How neurons and heads are chosen.")] = "obs-diff",
     set_: Set = None,
+    width_set: Annotated[
+        list[str] | None, typer.Option(help="A parameter of the width method: key=value (repeatable).")
+    ] = None,
     distill_steps: Annotated[
         int | None, typer.Option(help="Then train what is left for so many steps to imitate the original.")
     ] = None,
@@ -66,14 +70,16 @@ def prune(
     """Remove whole blocks. Stock diffusers loads the result, without this package.
 
     Nothing is trained without --distill-steps, save by methods that learn; `distill` has more options and takes the
-    result as its student. `ditcompress explain "pruning methods"` lists the methods.
+    result as its student. `ditcompress explain "pruning methods"` lists the methods, "width methods" those of
+    --width-method.
     """
     with common.command(as_json, debug):
         from .. import api
 
         if (recipe, distill_steps, data) != (None, None, None):
             pruning = {"ratio": ratio, "by": by, "method": method, "params": api.method_settings(set_ or ()),
-                       "width_ratio": width_ratio, "width_units": width_units}  # fmt: skip
+                       "width_ratio": width_ratio, "width_units": width_units, "width_method": width_method,
+                       "width_params": api.method_settings(width_set or (), "--width-set")}  # fmt: skip
             chosen = api.staged(recipe, pruning, distill_steps, data)
             chain.run(
                 as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
@@ -83,8 +89,9 @@ def prune(
             return
         result = api.prune(
             checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
-            overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype,
-            overwrite=overwrite, restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
+            width_method=width_method, width_overrides=width_set or (), overrides=set_ or (), conditions=conditions,
+            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
+            dry_run=dry_run, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         path = None if result.path is None else str(result.path)
         common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))
@@ -104,7 +111,11 @@ def _show(result: PruneResult) -> None:
         for name, row in facts["width"]["axes"].items():
             key = (name.rpartition(".")[2], f"{row['kept']} of {row['of']}")
             alike[key] = alike.get(key, 0) + 1
-        print_table("narrowed", ["units", "kept", "axes"], [[*key, count] for key, count in alike.items()])
+        width = facts["width"]
+        title = f"narrowed by {width['width_method']}"
+        if width["output_sqnr_db"] is not None:
+            title += f", SQNR of the prediction {width['output_sqnr_db']:.2f} dB"
+        print_table(title, ["units", "kept", "axes"], [[*key, count] for key, count in sorted(alike.items())])
     loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
     print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from ..errors import DitcompressError
 from ._costs import MEASURES, operations, parameters, seconds, unit_costs
 from ._probes import record_probes
-from ._width import UNITS, cut_axes, kept_units, narrowed_config
 from .base import Context, Probe, ProbeParams, Scores, lowest_first, method, registry
 
 __all__ = [
-    "MEASURES", "UNITS", "Choice", "Context", "Probe", "ProbeParams", "Scores", "check_target", "choose", "cut_axes",
-    "kept_units", "method", "narrowed_config", "operations", "parameters", "record_probes", "registry", "seconds",
+    "MEASURES", "Choice", "Context", "Probe", "ProbeParams", "Scores", "check_target", "choose",
+    "method", "operations", "parameters", "record_probes", "registry", "seconds",
     "unit_costs",
 ]  # fmt: skip
 

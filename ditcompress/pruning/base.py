@@ -66,6 +66,11 @@ class Probe:
     cond: Mapping[str, Tensor]
     weight: float
 
+    def rows(self, chosen: slice) -> Probe:
+        """The probe of some of its images."""
+        cond = {name: tensor[chosen] for name, tensor in self.cond.items()}
+        return Probe(self.step, self.latents[chosen], self.timestep[chosen], cond, self.weight)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -111,6 +116,15 @@ class Context:
         """The model's prediction for a probe, float32 (n, ...); differentiable where gradients are enabled."""
         device = next(self.model.parameters()).device
         return self.adapter.predict(self.model, probe.latents.to(device), probe.timestep.to(device), probe.cond).float()
+
+    def project(self, probe: Probe, generator: torch.Generator) -> Tensor:
+        """Sum over images of <v, y / |y|> for random directions v and the prediction y, with gradients of everything
+        but the parameters (and the norm)."""
+        latents = probe.latents.detach().requires_grad_(True)
+        with self.still(), torch.enable_grad():
+            flat = self.predict(Probe(probe.step, latents, probe.timestep, probe.cond, probe.weight)).flatten(1)
+            direction = torch.randn(flat.shape, generator=generator).to(flat.device)
+            return (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum()
 
     def references(self) -> list[Tensor]:
         """The whole model's prediction for every probe, on the CPU; computed once."""
@@ -214,18 +228,20 @@ def lowest_first(context: Context, scores: Scores) -> list[str]:
     return removed
 
 
-def method(name: str, settings: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+def method(
+    name: str, settings: Mapping[str, Any], known: Registry = registry, option: str = "--set"
+) -> tuple[ModuleType, Any]:
     """A method's module and its validated parameters; E201 for an unknown method, E203 for an unknown parameter."""
     from pydantic import ValidationError
 
-    module = registry.get(name.replace("-", "_"))
+    module = known.get(name.replace("-", "_"))
     try:
         return module, module.Params(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         unknown = first["type"] == "extra_forbidden"
-        known = list(module.Params.model_fields) or ["none"]
-        remedy = nearest(key, known) if unknown else f"see `ditcompress explain {module.__name__.rpartition('.')[2]}`"
+        keys = list(module.Params.model_fields) or ["none"]
+        remedy = nearest(key, keys) if unknown else f"see `ditcompress explain {module.__name__.rpartition('.')[2]}`"
         what = f"is no parameter of {name}" if unknown else first["msg"]
-        raise DitcompressError("E203", f"--set {key}", what, remedy) from None
+        raise DitcompressError("E203", f"{option} {key}", what, remedy) from None

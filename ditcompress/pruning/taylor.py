@@ -34,7 +34,7 @@ def scores(context: Context, params: Params) -> Scores:
         for probe in context.probes:
             sums = dict.fromkeys(blocks, 0.0)
             for start in range(0, len(probe.latents), params.chunk):
-                part = _part(probe, slice(start, start + params.chunk))
+                part = probe.rows(slice(start, start + params.chunk))
                 for _ in range(params.directions):
                     for block, value in changes(context, part, blocks, generator).items():
                         sums[block] += value
@@ -42,11 +42,6 @@ def scores(context: Context, params: Params) -> Scores:
                 table[block].append(sums[block] / (len(probe.latents) * params.directions))
             advance(1)
     return context.average(table)
-
-
-def _part(probe: Probe, rows: slice) -> Probe:
-    cond = {name: tensor[rows] for name, tensor in probe.cond.items()}
-    return Probe(probe.step, probe.latents[rows], probe.timestep[rows], cond, probe.weight)
 
 
 def changes(context: Context, probe: Probe, blocks: tuple[str, ...], generator: torch.Generator) -> dict[str, float]:
@@ -64,9 +59,6 @@ def changes(context: Context, probe: Probe, blocks: tuple[str, ...], generator: 
             if y.requires_grad:
                 y.register_hook(arrive)
 
-    moving = Probe(probe.step, probe.latents.detach().requires_grad_(True), probe.timestep, probe.cond, probe.weight)
-    with context.still(), torch.enable_grad(), watched(context.model, blocks, see):
-        flat = context.predict(moving).flatten(1)
-        direction = torch.randn(flat.shape, generator=generator).to(flat.device)
-        (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum().backward()
+    with watched(context.model, blocks, see):
+        context.project(probe, generator).backward()
     return {block: float(found[block].square().sum()) if block in found else 0.0 for block in blocks}

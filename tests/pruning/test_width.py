@@ -19,7 +19,8 @@ from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import registry
 from ditcompress.models._inputs import built
-from ditcompress.pruning._width import cut_axes, kept_units, magnitudes
+from ditcompress.pruning.width import cut_axes, kept_units
+from ditcompress.pruning.width.magnitude import magnitudes
 from ditcompress.structure import readers, spans
 
 from .models import deep, inputs, run
@@ -32,7 +33,8 @@ def silenced(name: str, model: nn.Module, ratio: float) -> nn.Module:
     model, layout = copy.deepcopy(model), registry.get(name).layout(model)
     state = model.state_dict()
     axes = cut_axes(layout, "both")
-    kept = kept_units(layout, axes, ratio, lambda key: state[key])
+    scores = {axis.name: magnitudes(layout, axis, lambda key: state[key]) for axis in axes}
+    kept = kept_units(layout, axes, scores, ratio)
     with torch.no_grad():
         for axis in axes:
             gone = set(range(axis.size // axis.unit_size)) - set(kept[axis.name])
@@ -48,11 +50,11 @@ def silenced(name: str, model: nn.Module, ratio: float) -> nn.Module:
 def test_a_narrowed_model_is_the_one_with_its_weakest_units_silenced(name: str, tmp_path: Path) -> None:
     model = deep(name)
     expected = run(name, silenced(name, model, 0.25), inputs(name, model))
-    in_memory = prune(model, width_ratio=0.25)
+    in_memory = prune(model, width_ratio=0.25, width_method="magnitude")
     assert in_memory.model is not None and in_memory.facts["stock"] is False
     torch.testing.assert_close(run(name, in_memory.model, inputs(name, model)), expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "original")  # type: ignore[operator]
-    result = prune(tmp_path / "original", out=tmp_path / "narrow", width_ratio=0.25)
+    result = prune(tmp_path / "original", out=tmp_path / "narrow", width_ratio=0.25, width_method="magnitude")
     loaded, _ = load_model(tmp_path / "narrow")
     again = type(model).from_pretrained(tmp_path / "narrow").eval()  # type: ignore[attr-defined]
     output = run(name, in_memory.model, inputs(name, model))
@@ -68,7 +70,7 @@ def test_a_narrowed_model_is_the_one_with_its_weakest_units_silenced(name: str, 
 
 def test_depth_and_width_together_load_in_a_fresh_process_and_can_be_quantized(tmp_path: Path) -> None:
     out = tmp_path / "small"
-    facts = prune(digits_folder(), 0.25, out, method="magnitude", width_ratio=0.25).facts
+    facts = prune(digits_folder(), 0.25, out, method="magnitude", width_ratio=0.25, width_method="magnitude").facts
     assert len(facts["removed"]) == 3 and facts["width"]["axes"]["transformer_blocks.8.ff.neurons"]["of"] == 256
     code = (
         "import sys, ditcompress, torch; from diffusers import DiTTransformer2DModel as M\n"
@@ -97,7 +99,9 @@ def test_a_width_that_one_number_of_the_configuration_says_needs_no_package_of_o
         "freq_dim": 16, "ffn_dim": 64, "num_layers": 3,
     }  # fmt: skip
     built(WanTransformer3DModel, config, 0).save_pretrained(tmp_path / "wan")  # type: ignore[operator]
-    facts = prune(tmp_path / "wan", out=tmp_path / "narrow", width_ratio=0.5, width_units="neurons").facts
+    facts = prune(
+        tmp_path / "wan", out=tmp_path / "narrow", width_ratio=0.5, width_units="neurons", width_method="magnitude"
+    ).facts
     written = json.loads((tmp_path / "narrow" / "config.json").read_text())
     assert facts["stock"] and written["ffn_dim"] == 32 and "quantization_config" not in written
     model = WanTransformer3DModel.from_pretrained(tmp_path / "narrow")
@@ -136,7 +140,7 @@ DAMAGED = {"transformer_blocks.0.ff.neurons": 0, "nowhere": 3, "transformer_bloc
 
 @pytest.mark.parametrize("axis", DAMAGED)
 def test_a_damaged_entry_of_widths_is_refused(axis: str, tmp_path: Path) -> None:
-    prune(digits_folder(), out=tmp_path / "narrow", width_ratio=0.25)
+    prune(digits_folder(), out=tmp_path / "narrow", width_ratio=0.25, width_method="magnitude")
     file = tmp_path / "narrow" / "transformer" / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"]["shapes"][axis] = DAMAGED[axis]
@@ -146,5 +150,5 @@ def test_a_damaged_entry_of_widths_is_refused(axis: str, tmp_path: Path) -> None
 
 
 def test_a_dry_run_says_what_would_be_narrowed() -> None:
-    facts = prune(digits_folder(), width_ratio=0.5, width_units="heads", dry_run=True).facts
+    facts = prune(digits_folder(), width_ratio=0.5, width_units="heads", width_method="magnitude", dry_run=True).facts
     assert facts["removed"] == [] and {row["kept"] for row in facts["width"]["axes"].values()} == {2}

@@ -1,0 +1,150 @@
+"""Least squares for the linears that read a narrowed axis: what they read is left gives what they read before.
+
+A reader y = W x + b whose columns P go keeps K. With C = sum of w x x^T over tokens with weights w, the weight that
+changes the output least is W' = W C[:, K] (C[K, K])^-1; where the reader has a bias, x carries a constant 1 that stays,
+so that the bias takes up the mean of what went. This equals the compensation of optimal brain surgeon for all of P at
+once. Shapes: K columns, with bias K + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...calibration.sensitivity import token_weights
+from ...models.base import Axis, Layout, Site
+from ...structure import narrow_index, readers
+from ..base import Probe, ProbeParams
+from ._axes import Scope
+from .base import Context, WidthParams
+
+Weighting = Literal["timestep", "output"]
+CHUNK = 8  # images of a backward pass at once
+
+
+class RefitParams(ProbeParams, WidthParams):
+    """`damp`: share of the mean diagonal added to C, towards the old weight."""
+
+    samples: int = Field(24, ge=1, le=100_000)
+    damp: float = Field(0.001, ge=0)
+    scope: Scope = "global"
+
+
+def all_readers(layout: Layout, axes: Sequence[Axis]) -> list[Site]:
+    """Every linear that reads one of `axes`, once, in forward order."""
+    names = {site.name for axis in axes for site in readers(layout, axis.name)}
+    return [site for site in layout.sites if site.name in names]
+
+
+def augmented(module: nn.Module) -> Tensor:
+    """Weight and bias of a linear side by side, (rows, K + 1) or (rows, K), float64."""
+    weight: Any = module.weight
+    bias: Any = getattr(module, "bias", None)
+    parts = [weight.detach().double()] if bias is None else [weight.detach().double(), bias.detach().double()[:, None]]
+    return torch.cat(parts, dim=1)
+
+
+def with_one(x: Tensor, module: nn.Module) -> Tensor:
+    """Tokens (n, K) float64, with the constant where the reader has a bias."""
+    x = x.detach().reshape(-1, x.shape[-1]).double()
+    return x if getattr(module, "bias", None) is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+def grams(
+    context: Context, sites: Sequence[Site], weighting: Weighting, scale: Callable[[Probe], float]
+) -> dict[str, Tensor]:
+    """C of every reader by name, float64, over all probes times `scale`. Weighting "output" counts a token by how much
+    the model's output depends on what the reader makes of it (calibration/sensitivity.py)."""
+    modules = {site.name: context.model.get_submodule(site.name) for site in sites}
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, weight: Tensor | float) -> None:
+        tokens = with_one(x, modules[name])
+        w = weight.reshape(-1, 1).double() if isinstance(weight, Tensor) else weight
+        product = tokens.T @ (tokens * w)
+        found[name] = found[name] + product if name in found else product
+
+    alone = replace(context.layout, sites=tuple(replace(site, reads=("",)) for site in sites))  # of each its own
+    for number, probe in enumerate(context.probes):
+        factor = scale(probe)
+        if weighting == "output":
+            for start in range(0, len(probe.latents), CHUNK):
+                seed = 1009 * (context.seed + number) + start
+                for name, x, weight in _weighed(context, alone, probe.rows(slice(start, start + CHUNK)), seed):
+                    add(name, x, weight * factor)
+        else:
+            with torch.no_grad(), listening(modules, lambda name, x, factor=factor: add(name, x, factor)):  # type: ignore[misc]
+                context.predict(probe)
+    return found
+
+
+def _weighed(context: Context, alone: Layout, probe: Probe, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(reader, input, token weights) of one backward pass; `alone`: a layout in which no two readers share an input."""
+    device = next(context.model.parameters()).device
+    latents, timestep = probe.latents.to(device), probe.timestep.to(device)
+    seen = token_weights(context.model, context.adapter, alone, latents, timestep, probe.cond, seed)
+    for site in alone.sites:
+        for x, weight in seen.get(site.input_key, ()):
+            yield site.name, x, weight
+
+
+@contextmanager
+def listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Any:
+    """`see(name, input)` whenever one of the modules runs."""
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: see(name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """C with `damp` of its mean diagonal added; a channel that is always zero gets the mean."""
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean().clamp_min(1e-30))
+    return gram + torch.diag(torch.where(diagonal > 0, damp * mean, mean))
+
+
+def kept_columns(context: Context, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The columns (K',) that each reader keeps, the place of the bias not among them."""
+    return {site.name: index for site, dim, index in narrow_index(context.layout, kept) if dim == 1}
+
+
+def refitted(target: Tensor, gram: Tensor, columns: Tensor, damp: float) -> Tensor:
+    """(rows, K): `target` fitted on `columns` alone, zero elsewhere. It is damped towards `target` itself, so that
+    directions in which the data say nothing stay as they were."""
+    gram = damped(gram, damp)
+    part = gram[columns]
+    solved = torch.linalg.solve(part[:, columns], part @ target.T).T
+    return torch.zeros_like(target).index_copy_(1, columns, solved)
+
+
+def refit(
+    context: Context, kept: Mapping[str, Sequence[int]], found: Mapping[str, Tensor], damp: float
+) -> dict[str, Tensor]:
+    """New weights and biases of every reader that loses columns, in their old shapes."""
+    tensors = {}
+    for name, index in kept_columns(context, kept).items():
+        if name not in found:  # it never ran
+            continue
+        module = context.model.get_submodule(name)
+        target = augmented(module)
+        columns = index.to(target.device)
+        size = int(module.weight.shape[1])  # type: ignore[index, union-attr, arg-type]
+        if target.shape[1] > size:
+            columns = torch.cat([columns, columns.new_tensor([size])])
+        new = refitted(target, found[name], columns, damp).float().cpu()
+        tensors[f"{name}.weight"] = new[:, :size].contiguous()
+        if new.shape[1] > size:
+            tensors[f"{name}.bias"] = new[:, size].contiguous()
+    return tensors

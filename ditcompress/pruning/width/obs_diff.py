@@ -1,0 +1,116 @@
+"""OBS-Diff: optimal brain surgeon on the linears after attention and activation (arXiv 2510.06751, without training).
+
+C = sum over the sampler of w_t x x^T of a reader's input x. Removing the columns P and refitting the rest raises the
+squared output error by tr(W_P ([C^-1]_PP)^-1 W_P^T). The units that raise it least go one after the other (neurons some
+at a time), and what stays is compensated at once: W_K -= W_P ([C^-1]_PP)^-1 [C^-1]_PK. Heads that several linears read
+are scored by the sum over all, so that both streams of a joint attention drop the same ones. Ours: tokens are counted
+by how much the output depends on them (`weighting` output), so that errors of all blocks have one unit and `scope` can
+be global; `weighting` timestep has the paper's weights, which fall logarithmically from 1.2 (first step) to 0.8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...models.base import Axis
+from ..base import Probe
+from ._axes import count_of
+from ._refit import RefitParams, Weighting, all_readers, augmented, damped, grams, refit
+from .base import Context, places
+
+NEEDS = ("probes",)
+
+
+class Params(RefitParams):
+    """`rounds`: in how many parts all neurons of an axis go; `weighting` of tokens: output or timestep; `compensate`
+    false leaves the weights that stay as they are."""
+
+    rounds: int = Field(128, ge=1)
+    weighting: Weighting = "output"
+    compensate: bool = True
+
+
+def scores(context: Context, axes: Sequence[Axis], params: Params) -> dict[str, Tensor]:
+    """Error that a unit's removal adds when its turn comes, (units,) float64, never falling along the turns."""
+    found = reader_grams(context, axes, params.weighting)
+    return {axis.name: removal(context, axis, found, params.damp, params.rounds) for axis in axes}
+
+
+def rewrite(
+    context: Context, axes: Sequence[Axis], kept: Mapping[str, Sequence[int]], params: Params
+) -> dict[str, Tensor]:
+    """The readers' weights and biases, compensated."""
+    return refit(context, kept, reader_grams(context, axes, params.weighting), params.damp) if params.compensate else {}
+
+
+def timestep_weight(step: int, steps: int) -> float:
+    """The paper's weight of a sampler step: 1.2 at the first (noisiest), 0.8 at the last."""
+    return 0.8 + (0.4 * math.log(steps - step) / math.log(steps) if steps > 1 else 0.4)
+
+
+def reader_grams(context: Context, axes: Sequence[Axis], weighting: Weighting) -> Mapping[str, Tensor]:
+    """C of every reader; computed once for a context."""
+    steps = 1 + max((probe.step for probe in context.probes), default=0)
+
+    def scale(probe: Probe) -> float:
+        return probe.weight if weighting == "output" else timestep_weight(probe.step, steps)
+
+    key = f"grams {weighting}"
+    if key not in context.cache:
+        context.cache[key] = grams(context, all_readers(context.layout, axes), weighting, scale)
+    return context.cache[key]
+
+
+def removal(context: Context, axis: Axis, found: Mapping[str, Tensor], damp: float, rounds: int) -> Tensor:
+    """Scores (units,) of one axis: the error of each unit in the greedy order, the last that is left infinite."""
+    count, size = count_of(axis), axis.unit_size
+    parts = [_Reader(context, name, start, found[name], damp) for name, start, _ in places(context.layout, axis)
+             if name in found]  # fmt: skip
+    result, left, worst = torch.full((count,), math.inf, dtype=torch.float64), list(range(count)), 0.0
+    chunk = 1 if size > 1 else max(1, count // rounds)
+    while len(left) > 1 and parts:
+        errors = torch.stack([part.errors(left, size) for part in parts]).sum(0)
+        order = torch.argsort(errors, stable=True)[: min(chunk, len(left) - 1)].tolist()
+        for place in order:
+            worst = max(worst, float(errors[place]))
+            result[left[place]] = worst
+        gone = [left[place] for place in order]
+        for part in parts:
+            part.remove(gone, size)
+        left = [unit for unit in left if unit not in gone]
+    return result
+
+
+class _Reader:
+    """One place where a linear reads the axis, with what is left of its columns."""
+
+    def __init__(self, context: Context, name: str, start: int, gram: Tensor, damp: float) -> None:
+        self.weight = augmented(context.model.get_submodule(name))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
+        self.start, self.columns = start, list(range(gram.shape[0]))
+
+    def _places(self, units: Sequence[int], size: int) -> Tensor:
+        where = {column: place for place, column in enumerate(self.columns)}
+        return torch.tensor([[where[self.start + unit * size + k] for k in range(size)] for unit in units])
+
+    def errors(self, units: Sequence[int], size: int) -> Tensor:
+        """tr(W_P ([C^-1]_PP)^-1 W_P^T) of each unit, (units,)."""
+        index = self._places(units, size).to(self.weight.device)
+        blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (units, size, size)
+        own = self.weight.T[index]  # (units, size, rows)
+        return (own * torch.linalg.solve(blocks, own)).sum((1, 2)).cpu()
+
+    def remove(self, units: Sequence[int], size: int) -> None:
+        """Compensate the other columns and forget these."""
+        gone = self._places(units, size).flatten().to(self.weight.device)
+        rest = torch.ones(len(self.columns), dtype=torch.bool, device=gone.device)
+        rest[gone] = False
+        pull = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])[:, rest]  # (gone, rest)
+        self.weight = self.weight[:, rest] - self.weight[:, gone] @ pull
+        self.inverse = self.inverse[rest][:, rest] - self.inverse[rest][:, gone] @ pull
+        self.columns = [column for column, stays in zip(self.columns, rest.tolist(), strict=True) if stays]
