@@ -33,6 +33,7 @@ from ditcompress.console import Silent, print_table
 from ditcompress.distill.data import Trajectories
 from ditcompress.distill.losses import parse_loss
 from ditcompress.distill.matching import pairs_of
+from ditcompress.distill.noising import Noising
 from ditcompress.distill.settings import Settings
 from ditcompress.distill.student import Student
 from ditcompress.distill.trainer import train
@@ -88,6 +89,7 @@ class Bench:
         self.accuracy = float((guessed == self.labels).mean())
         checkpoint, _ = open_model(self.path)
         self.by = driven(checkpoint, Calibration(samples=128), None, None, 0, "cpu", Silent())
+        self.clean_weights = Noising(self.by.scheduler, self.by.adapter, self.by.config).clean_weights
         self.held_out = self.states(104_729, 16).batch(0, 256)
 
     def drawn(self, model: nn.Module) -> Tensor:
@@ -119,7 +121,8 @@ class Bench:
         layouts = [by.adapter.layout(m).blocks for m in (student, by.model)]
         kept = {row["block"]: row["was"] for row in pruned.facts["kept"]}
         task = Student(student, by.model, data, parse_loss(self.loss), pairs_of(*layouts, kept), blocks=layouts[0],
-                       batch=settings.batch, steps=settings.steps, seed=seed)  # fmt: skip
+                       batch=settings.batch, steps=settings.steps, seed=seed,
+                       clean_weights=self.clean_weights)  # fmt: skip
         before = self.measure(student, task)
         train(task, settings)
         task.finish()
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--loss", default="output=1,normalised=0.1")
+    parser.add_argument("--loss", default="clean=1,output=0.1,normalised=0.1")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rows", type=Path, default=Path("recovery.jsonl"))
     options = parser.parse_args()

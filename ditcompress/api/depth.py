@@ -48,7 +48,7 @@ from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
-from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model
+from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
 
@@ -132,6 +132,7 @@ def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     with context.rewritten(choice.tensors):
         pruned = remove_blocks(model, context.depth, choice.blocks).eval()
     shared = _shared(context.depth, choice, width)
+    width = with_ratio(width, choice.width_ratio)
     facts = narrowed_model(pruned, width, lambda: job.width_context(pruned, ModuleSource(pruned), width))
     facts = job.facts(context, choice) | facts
     if shared:
@@ -311,7 +312,7 @@ def _cut(
 ) -> tuple[Cut, dict[str, str]]:
     """What becomes of the tensors that stay, and their old name by the new one. Width is decided on the model without
     the blocks that go."""
-    depth = context.depth
+    depth, width = context.depth, with_ratio(width, choice.width_ratio)
     config, new = shortened(checkpoint.config, depth, choice.blocks), renumbered(depth, choice.blocks)
     left = stored_once(list(checkpoint.tensors), (*choice.blocks, *choice.shared))
     names = {renamed(name, new): name for name in left}

@@ -23,6 +23,7 @@ from ..distill.data import Batch, Data, Trajectories
 from ..distill.latents import Latents
 from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
+from ..distill.noising import Noising
 from ..distill.ranks import Ranks, joined
 from ..distill.settings import TRAJECTORIES, Options
 from ..distill.student import Student
@@ -216,6 +217,7 @@ class _Run:
             model, teacher, data, parse_loss(options.loss), self.pair.pairs, blocks=self.pair.blocks,
             batch=options.batch, steps=options.steps, lora=options.lora, decay=options.decay_features,
             seed=options.seed, autocast=dtype != torch.float32, checkpointing=options.checkpointing, ranks=self.ranks,
+            clean_weights=self._noising().clean_weights if "clean" in parse_loss(options.loss) else None,
         )  # fmt: skip
         before = task.measure(held_out)
         with open_log(target, self.ranks.first, self.reporter) as log:
@@ -238,6 +240,11 @@ class _Run:
             self.reporter.note(f"{name} loss on held-out states: {before[name]:.3g} -> {value:.3g}")
         if not all(torch.tensor(value).isfinite() for value in after.values()):
             raise DitcompressError("E703", "the trained student", "its loss is not finite", "lower the learning rate")
+
+    def _noising(self) -> Noising:
+        config = self.pair.teacher.config
+        sampler = load_scheduler(config, self.scheduler_folder, self.pair.adapter, Silent())
+        return Noising(sampler, self.pair.adapter, config)
 
     def _data(self, teacher: nn.Module) -> tuple[Data, Batch]:
         """The training data, and a held-out batch that is no part of it."""

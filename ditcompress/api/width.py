@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +63,13 @@ class Width:
             return {}
         return {"width_ratio": self.ratio, "width_units": self.units, "width_method": self.name,
                 "width_params": self.params.model_dump()}  # fmt: skip
+
+
+def with_ratio(width: Width, ratio: float) -> Width:
+    """The width that a depth method asks for, where it does; E203 beside one that was asked for already."""
+    if ratio and width.ratio is not None:
+        raise DitcompressError("E203", "--width-ratio", "is chosen by the method", "leave it out")
+    return replace(width, ratio=ratio) if ratio else width
 
 
 @dataclass(frozen=True)

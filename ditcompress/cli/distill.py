@@ -15,7 +15,7 @@ from .common import Conditions, Debug, Device, DryRun, Json, Overwrite, Quiet, R
 if TYPE_CHECKING:
     from ..api import DistillResult
 
-Loss = Annotated[str, typer.Option(help="Weights: output, task, features, normalised, masked, direction.")]
+Loss = Annotated[str, typer.Option(help="Weights: output, clean, task, features, normalised, masked, direction.")]
 Data = Annotated[str, typer.Option(help="trajectories (no data needed), a folder of cached latents, or images.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")]
 Autocast = Annotated[str, typer.Option(help="float32, or bfloat16: teacher and autocast; weights stay float32.")]

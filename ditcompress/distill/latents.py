@@ -22,39 +22,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..calibration.conditions import NULL, Conditions, check_conditions
-from ..calibration.trajectory import generator, prepare
+from ..calibration.trajectory import generator
 from ..errors import DitcompressError
 from .data import EVERY, Batch, dropped_out
+from .noising import Noising
 
 CHECKED = 64  # rows of every shard whose values are checked before training
-
-
-class Noising:
-    """x_t = a x0 + b e and the prediction's target, for the timesteps of training."""
-
-    def __init__(self, scheduler: Any, adapter: ModuleType, config: Mapping[str, Any]) -> None:
-        settings = scheduler.config
-        count = int(settings.get("num_train_timesteps") or 1000)
-        self.kind = str(settings.get("prediction_type") or "epsilon")
-        flow = bool(settings.get("use_flow_sigmas")) or "flow" in self.kind or "Flow" in type(scheduler).__name__
-        if flow:
-            ready = prepare(scheduler, count, adapter, config)
-            self.timesteps, self.kind = ready.timesteps.cpu(), "flow"
-            noise = ready.sigmas[: len(self.timesteps)].cpu().float()
-            self.keep, self.noise = 1 - noise, noise
-        elif getattr(scheduler, "alphas_cumprod", None) is not None:
-            kept = scheduler.alphas_cumprod.cpu().float()
-            self.timesteps, self.keep, self.noise = torch.arange(len(kept)), kept.sqrt(), (1 - kept).sqrt()
-        else:
-            raise DitcompressError("E205", type(scheduler).__name__, "adds no noise", "use --data trajectories")
-        if self.kind not in ("flow", "epsilon", "v_prediction", "sample"):
-            raise DitcompressError("E205", f"prediction_type {self.kind}", "is not known", "use --data trajectories")
-
-    def __call__(self, clean: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """The noised latent and the target, of one sample at timestep number `index`."""
-        a, b = self.keep[index], self.noise[index]
-        target = {"flow": noise - clean, "epsilon": noise, "sample": clean, "v_prediction": a * noise - b * clean}
-        return a * clean + b * noise, target[self.kind]
 
 
 class Latents:

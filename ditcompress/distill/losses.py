@@ -17,10 +17,12 @@ from ..registry import nearest
 SIGMA = 2.0  # TinyFusion: 2 is best, 0.1 diverges, 4 is no worse
 
 
-def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over samples of the squared error over the squared norm of the teacher's, in any prediction type."""
+def output_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over samples of the squared error over the squared norm of the teacher's, in any prediction type, times
+    `weights` (n,) where these are given."""
     error = (student - teacher).flatten(1).square().sum(1)
-    return (error / teacher.flatten(1).square().sum(1).clamp_min(1e-12)).mean()
+    relative = error / teacher.flatten(1).square().sum(1).clamp_min(1e-12)
+    return (relative if weights is None else relative * weights).mean()
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -70,7 +72,7 @@ FEATURES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] =
     "masked": masked_features,
     "direction": direction_features,
 }
-NAMES = ("output", "task", *FEATURES)
+NAMES = ("output", "clean", "task", *FEATURES)
 
 
 def parse_loss(text: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ gradients in its own dtype; the student keeps float32 weights and may run under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ class Student:
         self, model: nn.Module, teacher: nn.Module, data: Data, losses: Mapping[str, float], pairs: Pairs, *,
         blocks: Sequence[str], batch: int, steps: int, lora: int = 0, decay: bool = False, seed: int = 0,
         autocast: bool = False, checkpointing: bool = False, ranks: Ranks = ALONE,
+        clean_weights: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
+        self.clean_weights = clean_weights
         self.model, self.teacher = model.eval().requires_grad_(False), teacher.eval().requires_grad_(False)
         self.data, self.losses, self.size, self.steps, self.decay = data, dict(losses), batch, steps, decay
         self.rows, self.autocast = ranks.rows(batch), autocast
@@ -80,6 +82,9 @@ class Student:
         terms = {}
         if "output" in self.losses and wanted is not None:
             terms["output"] = output_loss(found.float(), wanted)
+        if "clean" in self.losses and wanted is not None:
+            assert self.clean_weights is not None
+            terms["clean"] = output_loss(found.float(), wanted, self.clean_weights(batch.timestep).to(device))
         if "task" in self.losses:
             if batch.target is None:
                 raise DitcompressError("E203", "--loss task", "needs real latents", "give --data FOLDER")

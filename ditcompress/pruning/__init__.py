@@ -26,7 +26,8 @@ class Choice:
     """`units` in the order in which the method gave them up, their `blocks` in forward order, every unit's scores, and
     the share of all blocks' cost that goes. `damage`: share of the prediction's energy that is wrong afterwards,
     weighted as the sampler uses it, or None where the model was not run. `tensors`: new values, by their old names.
-    `shared`: for a module's old path that of the module which takes its place."""
+    `shared`: for a module's old path that of the module which takes its place. `width_ratio`: the share of heads and
+    neurons that has to go as well."""
 
     units: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -35,6 +36,7 @@ class Choice:
     damage: float | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    width_ratio: float = 0.0
 
 
 def check_target(context: Context, ratio: float, total: float) -> None:
@@ -56,12 +58,15 @@ def choose(context: Context, module: ModuleType, params: Any, total: float) -> C
     picked: Sequence[str] = module.select(context, params, scores) if hasattr(module, "select") else ()
     if not hasattr(module, "select"):
         picked = lowest_first(context, scores)
-    _check(context, module, picked)
+    narrower = module.width(context, picked) if hasattr(module, "width") else 0.0
+    if not narrower:
+        _check(context, module, picked)
     blocks = context.depth.of(picked)
     tensors = dict(module.rewrite(context, params, picked)) if hasattr(module, "rewrite") else {}
     shared = dict(module.share(context, params, picked)) if hasattr(module, "share") else {}
     damage = context.damage(picked, tensors | _copies(context, shared, tensors)) if context.probes else None
-    return Choice(tuple(picked), blocks, scores, context.saved(picked) / total, damage, tensors, shared)
+    saved = context.target if narrower else context.saved(picked)
+    return Choice(tuple(picked), blocks, scores, saved / total, damage, tensors, shared, narrower)
 
 
 def _copies(context: Context, shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

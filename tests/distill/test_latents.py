@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from ditcompress import api
 from ditcompress.calibration.trajectory import generator
 from ditcompress.console import Silent
-from ditcompress.distill.latents import Latents, Noising
+from ditcompress.distill.latents import Latents
+from ditcompress.distill.noising import Noising
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.evaluation.vae import decode, encode
@@ -171,3 +172,17 @@ def test_a_label_beyond_the_checked_rows_is_one_line_too(tmp_path: Path) -> None
     student = shortened(digits_folder() / "transformer", tmp_path / "student", [0])
     with pytest.raises(DitcompressError, match="E338"):
         api.distill(digits_folder(), student, tmp_path / "out", steps=2, batch=70, data=str(folder), device="cpu")
+
+
+def test_clean_weights_are_the_slope_of_the_implied_clean_latents() -> None:
+    family = families.get("dit")
+    config = dict(family.tiny().config)
+    scheduler = family.default_scheduler(config)
+    noising = Noising(scheduler, family, config)
+    times = torch.tensor([10, 300, 700])
+    alpha = scheduler.alphas_cumprod[times].double()
+    latents, step = torch.randn(3, 4, dtype=torch.float64), 1e-3
+    clean = [(latents - (1 - alpha)[:, None].sqrt() * e) / alpha[:, None].sqrt() for e in (latents, latents + step)]
+    slope = ((clean[1] - clean[0]) / step).square().mean(1)
+    assert torch.allclose(noising.clean_weights(times).double(), slope.clamp_max(25), rtol=1e-4)
+    assert float(noising.clean_weights(torch.tensor([999]))) == 25

@@ -1,0 +1,100 @@
+"""Prune-best (ours): depth and width together under one budget.
+
+Blocks go in the order of `oracle-greedy`; what they leave of the budget is taken from the width of all other blocks by
+`obs-diff`, which refits what stays. Every division of the budget between the two is measured, weighted as the sampler
+uses the prediction, and the best one is made. Depth alone is one of the divisions, so it is never worse than
+`oracle-greedy` on the inputs that it measures; with a small budget width wins, with a large one both have their part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ..models import Depth, account, depth_of, shortened
+from ..models.base import Axis
+from ..structure import without_blocks
+from . import oracle_greedy
+from ._probes import spread
+from .base import Context, ProbeParams, Scores
+
+NEEDS = ("probes",)
+MOST_WIDTH = 0.9
+
+
+class Params(ProbeParams):
+    """`divisions`: how many of the divisions are measured (0: all), spread evenly."""
+
+    divisions: int = Field(6, ge=0)
+
+
+def scores(context: Context, params: Params) -> Scores:
+    """Damage of each single removal."""
+    return oracle_greedy.scores(context, oracle_greedy.Params())
+
+
+def select(context: Context, params: Params, scores: Scores) -> list[str]:
+    """The blocks of the best division; `width` tells the rest of it."""
+    order = oracle_greedy.select(context, oracle_greedy.Params(), scores)
+    prefixes = [order[: len(order) - k] for k in spread(len(order) + 1, params.divisions)]
+    able = [units for units in prefixes if width(context, units) <= MOST_WIDTH]
+    with context.reporter.task("divisions between depth and width", len(able)) as advance:
+        found: list[tuple[float, int]] = []
+        for units in able:
+            found.append((_damage(context, params, units), len(found)))
+            advance(1)
+    return able[min(found)[1]] if found else order
+
+
+def width(context: Context, units: Sequence[str]) -> float:
+    """The share of heads and neurons of the blocks that stay which fills what `units` leave of the budget; 0 where
+    that is less than half of a unit of width, infinite where they have not so much."""
+    left = context.target - context.saved(units)
+    gone = context.depth.of(units)
+    narrowable = sum(cost for block, cost in _narrowable(context).items() if block not in gone)
+    most = max((axis.size // axis.unit_size for axis in _axes(context)), default=1)
+    if left <= narrowable / most / 2:
+        return 0.0
+    return left / narrowable if narrowable else float("inf")
+
+
+def _axes(context: Context) -> list[Axis]:
+    from .width import cut_axes
+
+    return cut_axes(context.layout, "both")
+
+
+def _narrowable(context: Context) -> dict[str, float]:
+    """The cost of each block that narrowing can take: its share of the parameters. Blocks that must stay cost as much
+    for a parameter as the others do."""
+    axes = {axis.name for axis in _axes(context)}
+    touched = {s.name for s in context.layout.sites if axes & {*s.reads, *s.writes}}
+    inside, total = dict.fromkeys(context.layout.blocks, 0), dict.fromkeys(context.layout.blocks, 0)
+    for entry in account(context.model, context.layout):
+        if entry.block:
+            total[entry.block] += entry.params
+            inside[entry.block] += entry.params if entry.name.rpartition(".")[0] in touched else 0
+    rate = sum(context.costs.values()) / max(1, sum(total[b] for b in context.depth.of(context.names)))
+    return {block: rate * count for block, count in inside.items()}
+
+
+def _damage(context: Context, params: Params, units: Sequence[str]) -> float:
+    """Share of the prediction's energy that is wrong with this division."""
+    from . import width as widths
+    from .width import obs_diff
+
+    ratio = width(context, units)
+    if not ratio:
+        return context.damage(units)
+    references = context.references()
+    config = {**dict(context.model.config), "_class_name": type(context.model).__name__}  # type: ignore[arg-type]
+    blocks = context.depth.of(units)
+    with without_blocks(context.model, context.depth, blocks) as model:
+        layout = context.adapter.layout(model)
+        depth = Depth((), {}, {}, depth_of(shortened(config, context.depth, blocks), layout).lists)
+        inner = widths.Context(model, context.adapter, layout, depth, {}, 0.0, context.probes, context.seed,
+                               context.reporter, ratio=ratio, config=config, _outputs=references)  # fmt: skip
+        found = widths.narrowing(inner, obs_diff, widths.cut_axes(layout, "both"), obs_diff.Params())
+    assert found.damage is not None
+    return found.damage
