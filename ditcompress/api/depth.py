@@ -107,7 +107,7 @@ def prune(
     if dry_run:
         checkpoint, context, choice = job.run(path, device, dtype)
         cut, _ = _cut(checkpoint, job, context, choice, width)
-        return PruneResult(None, None, choice, job.facts(context, choice) | cut.facts)
+        return PruneResult(None, None, choice, _joined(job.facts(context, choice), cut.facts, choice))
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-pruned")
     with output_folder(
         target, overwrite=overwrite, inputs=[path], planned_bytes=opened.total_bytes,
@@ -134,7 +134,7 @@ def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     shared = _shared(context.depth, choice, width)
     width = with_ratio(width, choice.width_ratio)
     facts = narrowed_model(pruned, width, lambda: job.width_context(pruned, ModuleSource(pruned), width))
-    facts = job.facts(context, choice) | facts
+    facts = _joined(job.facts(context, choice), facts, choice)
     if shared:
         tied_model(pruned, shared)
         facts |= {"stock": False}
@@ -325,6 +325,12 @@ def _cut(
     return cut, names
 
 
+def _joined(facts: dict[str, Any], width: dict[str, Any], choice: Choice) -> dict[str, Any]:
+    """Facts of depth and width. The SQNR of both together is known where the method chose both."""
+    known = {"output_sqnr_db": facts["output_sqnr_db"]} if choice.width_ratio else {}
+    return facts | width | known
+
+
 def _shared(depth: Depth, choice: Choice, width: Width) -> dict[str, str]:
     """Which modules of the new model are others of it, by their new paths; E203 beside a width ratio: the units that
     stay differ between blocks."""
@@ -344,7 +350,7 @@ def _write(
     folder = partial / component
     folder.mkdir(exist_ok=True)
     cut, names = cut_names
-    facts = facts | cut.facts
+    facts = _joined(facts, cut.facts, choice)
     writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
     for name in sorted(names):
         tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])

@@ -42,7 +42,7 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
     with context.reporter.task("divisions between depth and width", len(able)) as advance:
         found: list[tuple[float, int]] = []
         for units in able:
-            found.append((_damage(context, params, units), len(found)))
+            found.append((damage(context, units), len(found)))
             advance(1)
     return able[min(found)[1]] if found else order
 
@@ -79,8 +79,8 @@ def _narrowable(context: Context) -> dict[str, float]:
     return {block: rate * count for block, count in inside.items()}
 
 
-def _damage(context: Context, params: Params, units: Sequence[str]) -> float:
-    """Share of the prediction's energy that is wrong with this division."""
+def damage(context: Context, units: Sequence[str]) -> float:
+    """Share of the prediction's energy that is wrong without `units` and the width that fills the budget."""
     from . import width as widths
     from .width import obs_diff
 

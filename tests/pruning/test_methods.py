@@ -51,7 +51,7 @@ def test_every_method_gives_a_valid_selection_for_every_family(name: str, family
     first, second = (prune(model, 0.4, method=name, overrides=few(name), seed=3) for _ in range(2))
     assert first.facts == second.facts
     removed, total = set(first.facts["removed"]), registry.get(family).layout(model).blocks
-    assert removed and removed < set(total) and not removed & set(first.facts["fixed"])
+    assert (removed or first.facts["width"]) and removed < set(total) and not removed & set(first.facts["fixed"])
     assert 0.2 < first.facts["saved"] < 0.6
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -63,7 +63,8 @@ def test_every_method_gives_a_valid_selection_for_every_family(name: str, family
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_removes_half_of_the_digits_model(name: str) -> None:
     facts = api.prune(digits_folder(), 0.5, method=name, overrides=few(name), dry_run=True).facts
-    assert len(facts["removed"]) == 6 and "transformer_blocks.0" not in facts["removed"]
+    assert len(facts["removed"]) == 6 or facts["width"]  # of a method that divides the budget
+    assert "transformer_blocks.0" not in facts["removed"]
     assert facts["saved"] == pytest.approx(0.5)
     assert set(facts["scores"]) == {f"transformer_blocks.{i}" for i in range(1, 12)}
 
