@@ -45,11 +45,15 @@ def factors(width: int) -> tuple[int, int] | None:
 
 def block_for(width: int, wanted: int = 0) -> int:
     """The order of the transform that a width gets: `wanted` (0: the whole width) where it divides the width and is
-    known, else the largest power of two that divides the width. 1 means that there is none worth having."""
+    known, else the largest power of two that divides the width and is not above `wanted`. 1 means that there is none
+    worth having."""
     block = wanted or width
     if width % block == 0 and factors(block) is not None:
         return block
-    return min(width & -width, wanted or width)
+    power = width & -width
+    while power > block:
+        power //= 2
+    return power
 
 
 @cache

@@ -42,6 +42,7 @@ def test_a_width_without_a_transform_falls_back_to_a_power_of_two() -> None:
     assert hadamard.block_for(2 * 47 * 23) == 2
     assert hadamard.block_for(37) == 1
     assert hadamard.block_for(96, 64) == 32  # 64 does not divide 96
+    assert hadamard.block_for(64, 13) == 8  # no transform of 13 is known
 
 
 def test_a_common_mean_becomes_an_outlier_only_without_signs() -> None:

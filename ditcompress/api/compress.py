@@ -123,6 +123,7 @@ def quantize(
     if isinstance(model_or_path, nn.Module):
         return _quantize_module(model_or_path, chosen, statistics, seed, reporter)
     path = Path(model_or_path)
+    pick_device(device)
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
