@@ -44,7 +44,7 @@ class Pruning(Strict):
 
     ratio: float | None = Field(None, gt=0, lt=1)
     by: Literal["params", "flops", "latency"] = "params"
-    method: str = "oracle-greedy"
+    method: str | None = None
     params: dict[str, Any] = {}
     width_ratio: float | None = Field(None, gt=0, lt=1)
     width_units: Literal["both", "neurons", "heads"] = "both"

@@ -70,7 +70,7 @@ def prune(
     out: str | Path | None = None,
     *,
     by: str = "params",
-    method: str = "oracle-greedy",
+    method: str | None = None,
     width_ratio: float | None = None,
     width_units: str = "both",
     width_method: str = METHOD,
@@ -87,15 +87,17 @@ def prune(
     max_shard_bytes: int = 5 * 2**30,
     reporter: Reporter | None = None,
 ) -> PruneResult:
-    """Remove whole blocks, by `method`, that hold `ratio` of all blocks' parameters (or operations, or seconds).
+    """Remove `ratio` of all blocks' parameters (or operations, or seconds): whole blocks, by `method`.
 
-    The number of blocks is the one nearest to the ratio, so a small ratio may remove none. `width_ratio` also removes
+    `prune-best`, the default, takes part of it from the width; others remove the number of blocks that is nearest to
+    the ratio, so a small one may remove none. `width_ratio` also removes
     that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of the blocks
     that are left, by `width_method`; what no plain config.json can say then needs `import ditcompress` to load. A path
     gives the folder `out`, a model in memory a new model. A killed run of a method that learns goes on when called
     again, unless `restart`. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
     reporter = reporter or Silent()
+    method = method or ("prune-best" if width_ratio is None else "oracle-greedy")
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
     width = Width.of(ratio, width_ratio, width_units, width_method, method_settings(width_overrides, "--width-set"))
     if isinstance(model_or_path, nn.Module):

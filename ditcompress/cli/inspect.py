@@ -10,7 +10,7 @@ import typer
 from ..console import print_table, print_text, size
 from . import common
 from .common import Checkpoint, Debug, Device, Dtype, Json, Quiet, Seed
-from .prune import Method, show_sensitivity
+from .prune import show_sensitivity
 
 
 def inspect(
@@ -19,7 +19,9 @@ def inspect(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Run the model: how much each block matters, over timesteps.")
     ] = False,
-    method: Method = "shortgpt",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="How blocks are scored; `explain NAME` says more.")
+    ] = "shortgpt",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",

@@ -27,7 +27,9 @@ from .common import (
 if TYPE_CHECKING:
     from ..api import PruneResult
 
-Method = Annotated[str, typer.Option("--method", "-m", help="How blocks are chosen; `explain NAME` says more.")]
+Method = Annotated[
+    str | None, typer.Option("--method", "-m", help="How blocks are chosen (default: prune-best); see `explain NAME`.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the method: key=value (repeatable).")]
 
 
@@ -38,7 +40,7 @@ def prune(
         Path | None, typer.Option("--out", "-o", help="Output folder (default: CKPT-pruned beside it).")
     ] = None,
     by: Annotated[str, typer.Option(help="The cost: params, flops or latency.")] = "params",
-    method: Method = "oracle-greedy",
+    method: Method = None,
     width_ratio: Annotated[
         float | None, typer.Option(help="Share of the neurons and heads of the blocks that are left to remove.")
     ] = None,
@@ -67,7 +69,7 @@ def prune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Remove whole blocks. Stock diffusers loads the result, without this package.
+    """Remove blocks, neurons and heads. Where only whole blocks go, stock diffusers loads the result as it is.
 
     Nothing is trained without --distill-steps, save by methods that learn; `distill` has more options and takes the
     result as its student. `ditcompress explain "pruning methods"` lists the methods, "width methods" those of
