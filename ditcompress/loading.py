@@ -12,7 +12,7 @@ packed layers both doors refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -374,30 +374,73 @@ def load_model(
     `dtype` is that of the ordinary parameters (None: as stored), except the few that the class keeps in float32, as in
     `from_pretrained`; packed tensors keep theirs. Everything is checked before any weight is read.
     """
-    register()
-    checkpoint, meta = open_model(path)
-    names = sorted(expected_shapes(meta))
-    model = _with_buffers(checkpoint.config)
-    packed, foreign = stored_dtypes(model), bnb.layers(checkpoint)
-    bnb.mark(model, foreign)
+    model, weights = empty_model(path, dtype)
     with torch.no_grad():
-        for name in names:
-            module_name, _, leaf = name.rpartition(".")
-            module = model.get_submodule(module_name) if module_name else model
-            value = (
-                bnb.read(checkpoint, module_name, meta.get_parameter(name).shape)
-                if leaf == "weight" and module_name in foreign
-                else checkpoint.read(name)
-            )
-            if name not in packed and value.is_floating_point() and dtype is not None:
-                value = value.to(torch.float32 if _stays_float32(model, name) else dtype)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            else:
-                module._buffers[leaf] = value
-    if not names or any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise DitcompressError("E315", checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint")
-    return model.to(device).eval(), checkpoint
+        for name in weights:
+            set_tensor(model, name, weights[name])
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise DitcompressError(
+            "E315", weights.checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint"
+        )
+    return model.to(device).eval(), weights.checkpoint
+
+
+def empty_model(path: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Weights]:
+    """The model with parameters on the meta device, and where its tensors come from; everything is checked."""
+    register()
+    checkpoint, _ = open_model(path)
+    model = _with_buffers(checkpoint.config)
+    bnb.mark(model, bnb.layers(checkpoint))
+    weights = Weights(checkpoint, model, dtype)
+    if not weights.names:
+        raise DitcompressError("E315", checkpoint.folder, "holds no tensor of this model", "re-copy the checkpoint")
+    return model, weights
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in the place of the parameter (without gradient) or buffer `name`."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name) if module_name else model
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+class Weights(Mapping[str, Tensor]):
+    """Every stored tensor of a model as it is loaded, read from its file each time: ordinary floating ones in `dtype`
+    (None: as stored), those of other libraries decoded, packed ones as they are."""
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.names = dict.fromkeys(sorted(expected_shapes(model)))
+        self.packed, self.foreign = stored_dtypes(model), bnb.layers(checkpoint)
+        self.shapes = {name: model.get_parameter(f"{name}.weight").shape for name in self.foreign}
+        self.wide = {name for name in self.names if _stays_float32(model, name)}
+
+    def stored(self, name: str) -> Tensor:
+        """As it is on disk, or decoded; KeyError for a name that is none."""
+        if name not in self.names:
+            raise KeyError(name)
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in self.foreign:
+            return bnb.read(self.checkpoint, owner, self.shapes[owner])
+        return self.checkpoint.read(name)
+
+    def cast(self, name: str, value: Tensor) -> Tensor:
+        """`value` of the tensor `name` in the dtype that it is loaded in."""
+        if name in self.packed or not value.is_floating_point() or self.dtype is None:
+            return value
+        return value.to(torch.float32 if name in self.wide else self.dtype)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cast(name, self.stored(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _stays_float32(model: nn.Module, name: str) -> bool:

@@ -22,8 +22,9 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from ..loading import load_model, open_model
+from ..loading import open_model
 from ..models import adapter_for
+from ..offload import check_offload, load_to_run
 from ..quantization import needs
 from ..recipe import Calibration, Recipe, data_folder, load_recipe, make_plan
 
@@ -64,22 +65,26 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    offload: str = "none",
     overwrite: bool = False,
     restart: bool = False,
     reporter: Reporter | None = None,
 ) -> Statistics:
     """Run `path` along its own sampling trajectories and store what quantization needs in the folder `out`.
 
-    `recipe` says how much is gathered. Raises E205 where the model cannot be driven, E331 for bad statistics.
+    `recipe` says how much is gathered; with `offload` "cpu" or "disk" blocks are in memory only while they run, and
+    the statistics are the same to the bit. Raises E205 where the model cannot be driven, E331 for bad statistics.
     """
     reporter = reporter or Silent()
+    check_offload(offload)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     with _target(out, overwrite, [Path(path)]) as folder:
         checkpoint, _ = open_model(path, allow_compressed=False)
         settings = settings_of(chosen.calibration or Calibration(), seed)
         statistics = _calibrate(
-            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart
-        )
+            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart,
+            offload=offload,
+        )  # fmt: skip
         if folder is not None:
             save_statistics(folder, statistics)
     return statistics
@@ -102,10 +107,11 @@ def _calibrate(
     reporter: Reporter,
     work_for: str | Path | None,
     restart: bool = False,
+    offload: str = "none",
 ) -> Statistics:
     """Fresh statistics of a checkpoint, going on from an interrupted run where there is one."""
     adapter = adapter_for(checkpoint.config)
-    model, _ = load_model(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device))
+    model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
     sampler = load_scheduler(
         checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
     )
@@ -177,6 +183,7 @@ def cached_statistics(
     dtype: str,
     reporter: Reporter,
     restart: bool = False,
+    offload: str = "none",
 ) -> Statistics:
     """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones."""
     asked = {
@@ -197,8 +204,9 @@ def cached_statistics(
             reporter.note(f"statistics of an earlier run are used ({folder})")
             return found
     statistics = _calibrate(
-        checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart
-    )
+        checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart,
+        offload=offload,
+    )  # fmt: skip
     with output_folder(folder, overwrite=True) as partial:
         save_statistics(partial, statistics)
     return statistics

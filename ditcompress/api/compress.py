@@ -82,6 +82,7 @@ class _Job:
     seed: int
     device: str
     dtype: str
+    offload: str
     overwrite: bool
     restart: bool
     max_shard_bytes: int
@@ -103,6 +104,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    offload: str = "none",
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -114,7 +116,8 @@ def quantize(
     Statistics are taken from `statistics` (a folder or an object), else from the cache, else gathered; a recipe
     that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
     with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
-    for which the result is measured, and made once more when it falls short.
+    for which the result is measured, and made once more when it falls short. `offload` "cpu" or "disk" bounds the
+    memory of the calibration by the largest linear; what runs the whole model otherwise is refused then.
     """
     reporter = reporter or Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -136,7 +139,7 @@ def quantize(
     if dry_run:
         return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
-    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, overwrite, restart,
+    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, offload, overwrite, restart,
                max_shard_bytes, reporter)  # fmt: skip
     result = _write(job, chosen, checkpoint, layout, plan)
     if (target_bits, target_size, target_db) == (None, None, None):
@@ -287,8 +290,9 @@ def _statistics_for(plan: Plan, recipe: Recipe, checkpoint: Checkpoint, job: _Jo
         return None
     settings = settings_of(recipe.calibration or Calibration(), job.seed)
     return cached_statistics(
-        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
-    )
+        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart,
+        job.offload,
+    )  # fmt: skip
 
 
 def _quantize_module(

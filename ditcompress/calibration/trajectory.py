@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console import Reporter, Silent
+from ..offload import device_of
 from .conditions import Conditions
 
 
@@ -114,7 +115,7 @@ def _batch(
     on_step: Callable[[StepRecord], None] | None,
 ) -> Tensor:
     shape = adapter.latent_shape(config)
-    device = next(model.parameters()).device
+    device = device_of(model)
     sampler = prepare(scheduler, sampling.steps, adapter, config)
     stochastic = "generator" in inspect.signature(sampler.step).parameters
     latents = initial_noise(shape, sampling.seed, images).to(device)

@@ -17,6 +17,7 @@ from .common import (
     DryRun,
     Dtype,
     Json,
+    Offload,
     Overwrite,
     Quiet,
     Restart,
@@ -41,6 +42,7 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -61,7 +63,8 @@ def calibrate(
             return
         found = api.calibrate(
             checkpoint, out, recipe=recipe, overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed,
-            device=device, dtype=dtype, overwrite=overwrite, restart=restart, reporter=common.reporter(quiet, as_json),
+            device=device, dtype=dtype, offload=offload, overwrite=overwrite, restart=restart,
+            reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         facts = {
             "out": str(out),
@@ -88,6 +91,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -102,6 +106,7 @@ def quantize(
 
         chosen = load_recipe(recipe, set_ or ())
         if chosen.staged:
+            common.not_staged(offload)
             chain.run(
                 as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
                 dtype=dtype, overwrite=overwrite, restart=restart, dry_run=dry_run,
@@ -110,8 +115,8 @@ def quantize(
             return
         result = api.quantize(
             checkpoint, chosen, out, statistics=statistics, conditions=conditions,
-            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
-            dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
+            scheduler=scheduler, seed=seed, device=device, dtype=dtype, offload=offload, overwrite=overwrite,
+            restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
             target_size=target_size, target_db=target_db,
         )  # fmt: skip
         if dry_run:

@@ -34,6 +34,7 @@ from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..models import Depth
 from ..models.base import Layout
+from ..offload import device_of
 from ..registry import Registry, nearest
 from ..structure import without_blocks
 
@@ -109,7 +110,7 @@ class Context:
 
     def predict(self, probe: Probe) -> Tensor:
         """The model's prediction for a probe, float32 (n, ...); differentiable where gradients are enabled."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return self.adapter.predict(self.model, probe.latents.to(device), probe.timestep.to(device), probe.cond).float()
 
     def references(self) -> list[Tensor]:
