@@ -11,6 +11,8 @@ name in the place of a weight, and the weight is read once more when its gradien
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from .sharing import copies_of
 
 WAYS = ("none", "cpu", "disk")
 ATTRIBUTE = "ditcompress_offloaded"  # of a model whose blocks are read when they run
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGE = -1, -3, 1 << 20  # mallopt(3)
 WHOLE = ["MultiheadAttention"]  # torch's own reads the weights of its parts without calling them
 
 
@@ -49,6 +52,7 @@ def load_to_run(
     check_offload(offload)
     if offload == "none":
         return load_model(path, dtype=dtype, device=device)
+    _give_back_freed_memory()
     model, weights = empty_model(path, dtype)
     checkpoint = weights.checkpoint
     if checkpoint.memory is not None and offload == "disk":
@@ -57,6 +61,16 @@ def load_to_run(
     blocks = adapter_for(checkpoint.config).layout(model).blocks
     _place(model, Parts(weights, model, blocks, torch.device(device), kept=offload == "cpu"))
     return model.requires_grad_(False).eval(), checkpoint
+
+
+def _give_back_freed_memory() -> None:
+    """Ask glibc to map every large tensor by itself, so that the system has it back when it is freed. By default holes
+    stay between what lives long (statistics) and what comes and goes (weights): several times the memory in use. It
+    costs about 15 % of the time of a forward pass on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(option, LARGE)
 
 
 def _place(model: nn.Module, parts: Parts) -> None:

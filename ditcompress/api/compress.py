@@ -35,7 +35,7 @@ from ..quantization import RecipeSteps, check_plan, choose, measures, needs
 from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
-from . import _bitsandbytes
+from . import _bitsandbytes, _memory
 from ._notes import fallbacks
 from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
@@ -50,7 +50,7 @@ MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's short
 class QuantizeResult:
     """What `quantize` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory),
     the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors; `measured_db` is the output
-    SQNR on held-out inputs where a budget was spent."""
+    SQNR on held-out inputs where a budget was spent, `memory_bytes` the predicted peak of a dry run."""
 
     path: Path | None
     model: nn.Module | None
@@ -59,6 +59,7 @@ class QuantizeResult:
     original_bytes: int = 0
     bytes: int = 0
     measured_db: float | None = None
+    memory_bytes: int | None = None
 
     @property
     def bits(self) -> float:
@@ -129,6 +130,7 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
+    chosen = _memory.check_quantization(chosen, plan, (target_bits, target_size, target_db), offload, reporter)
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
     plan = checked_plan(chosen, layout)
     if chosen.backend == "bitsandbytes" and checkpoint.quantization is not None:
@@ -136,8 +138,11 @@ def quantize(
     plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     for note in fallbacks(chosen, plan, layout):
         reporter.note(note)
+    predict = _memory.of_quantizing(checkpoint, meta, layout, plan, chosen, statistics, dtype, offload)
     if dry_run:
-        return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
+        size = checkpoint.total_bytes
+        return QuantizeResult(None, None, plan, original_bytes=size, memory_bytes=predict().total)
+    _memory.tell(reporter, predict)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
     job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, offload, overwrite, restart,
                max_shard_bytes, reporter)  # fmt: skip

@@ -46,6 +46,7 @@ from ..recipe import read_yaml
 from ..report.card import pruned_card
 from ..sharing import stored_once
 from ..structure import remove_blocks
+from . import _memory
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
 from .width import Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model
@@ -101,9 +102,13 @@ def prune(
     if isinstance(model_or_path, nn.Module):
         return _prune_module(model_or_path, job, width)
     path = Path(model_or_path)
-    opened, _ = open_model(path, allow_compressed=False)
+    opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
         raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+    if ratio is not None and "training" not in job.module.NEEDS:
+        layout = adapter_for(opened.config).layout(meta)
+        _memory.tell(reporter, lambda: _memory.of_pruning(
+            opened, meta, layout, job.module, job.params, pick_dtype(dtype), offload))  # fmt: skip
     if dry_run:
         checkpoint, context, choice = job.run(path, device, dtype)
         cut, _ = _cut(checkpoint, context.depth, choice, width)

@@ -30,6 +30,7 @@ from .statistics import InputStatistics, Statistics, flatten, keep_best, unflatt
 from .trajectory import Sampling, StepRecord, generator, prepare, sample
 
 GRAM_TOKENS = 2048  # tokens of one forward that enter a Gram matrix: far more than channels over a whole pass
+TOKENS_A_PASS = 64  # of one forward that enter a reservoir
 FISHER_IMAGES, FISHER_CHUNK = 8, 4  # images of a batch that get a backward pass, and how many at once
 STEP_OFFSETS = (0, -1, 1, -2, 2)
 SAVE_EVERY_S = 20.0
@@ -99,7 +100,7 @@ class _Collector:
             with torch.autocast(tokens.device.type, enabled=False):  # a bfloat16 product would not be semidefinite
                 gram = ((part.T @ part) * scale).cpu()
         quota = self._quota()
-        pick = torch.randint(len(tokens), (min(quota, 64, len(tokens)),), generator=self.source)
+        pick = torch.randint(len(tokens), (min(quota, TOKENS_A_PASS, len(tokens)),), generator=self.source)
         return InputStatistics(
             low, high, part.double().sum(0).cpu() * scale,
             torch.tensor([float(scale * len(part))], dtype=torch.float64),

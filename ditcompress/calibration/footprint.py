@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..loading import plain_model
+from ..models import build_meta
 from ..models.base import Layout
-from .collect import FISHER_CHUNK, GRAM_TOKENS, CalibrationSettings
+from .collect import FISHER_CHUNK, GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
@@ -60,10 +59,13 @@ def pass_bytes(
 ) -> int:  # fmt: skip
     """Peak bytes of one prediction for `rows` latents beside the weights: activations, conditions and what `hooks` (by
     module path, as of a forward hook) make. `backward`: with the gradient of the latents."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
     generator = torch.Generator().manual_seed(0)
     cond = adapter.random_conditions(config, rows, generator)
     latents = torch.zeros(rows, *adapter.latent_shape(config))
-    empty = plain_model(config).requires_grad_(False)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}  # experts choose by values
+    empty = build_meta(plain).requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.set_grad_enabled(backward):
         model = _without_data(empty, dtype)
         handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in (hooks or {}).items()]
@@ -118,12 +120,18 @@ def fisher_hooks(layout: Layout) -> tuple[dict[str, Hook], list[Tensor]]:
     return {site.name: hook for site in layout.sites}, kept
 
 
+def branches_of(config: Mapping[str, Any], adapter: ModuleType, guidance: float | None) -> int:
+    """2 where a pass holds the prediction without condition too."""
+    asked = adapter.default_guidance(config) if guidance is None else guidance
+    cond = adapter.random_conditions(config, 1, torch.Generator().manual_seed(0))
+    return 2 if asked != 1 and adapter.null_conditions(config, cond) is not None else 1
+
+
 def collect_bytes(
-    config: Mapping[str, Any], adapter: ModuleType, layout: Layout, settings: CalibrationSettings, guided: bool,
-    dtype: torch.dtype,
-) -> int:  # fmt: skip
+    config: Mapping[str, Any], adapter: ModuleType, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype
+) -> int:
     """Peak bytes of the calibration's passes beside weights and statistics."""
-    branches = 2 if guided else 1
+    branches = branches_of(config, adapter, settings.guidance)
     rows = branches * min(settings.batch, settings.samples)
     found = pass_bytes(config, adapter, rows, dtype, hooks=collector_hooks(layout, settings))
     if settings.weighting != "fisher":
@@ -135,7 +143,8 @@ def collect_bytes(
 
 def statistics_bytes(layout: Layout, settings: CalibrationSettings) -> int:
     """Bytes of what is gathered, at the end of the pass: Gram matrices, ranges and kept tokens of every input."""
-    kept = settings.buckets * -(-settings.reservoir // settings.buckets)
+    passes = settings.steps * -(-settings.samples // settings.batch)
+    kept = min(settings.buckets * -(-settings.reservoir // settings.buckets), TOKENS_A_PASS * passes)
     gram = 4 if settings.grams else 0
     widths = {site.input_key: site.in_features for site in layout.sites}
     return sum(k * (gram * k + 8 * settings.buckets + 8 + 4 * kept) for k in widths.values())

@@ -58,7 +58,7 @@ def calibrate(
         from .. import api
 
         if dry_run:
-            value: dict[str, Any] = api.calibration_plan(checkpoint, recipe, set_ or ())
+            value: dict[str, Any] = api.calibration_plan(checkpoint, recipe, set_ or (), dtype=dtype, offload=offload)
             common.emit(as_json, value, lambda: print_table("would calibrate", ["what", "value"], [*value.items()]))
             return
         found = api.calibrate(
@@ -120,7 +120,11 @@ def quantize(
             target_size=target_size, target_db=target_db,
         )  # fmt: skip
         if dry_run:
-            common.emit(as_json, {"plan": result.plan.to_json()}, lambda: _show_plan(result))
+            common.emit(
+                as_json,
+                {"plan": result.plan.to_json(), "memory_bytes": result.memory_bytes},
+                lambda: _show_plan(result),
+            )
         else:
             common.emit(as_json, api.quantize_facts(result), lambda: _show_result(result, recipe))
 
@@ -134,6 +138,7 @@ def _show_plan(result: QuantizeResult) -> None:
         key = (layer.role, f"{layer.weight.format}: {params}", inputs, layer.smooth, str(layer.rank), steps)
         rows[key] = rows.get(key, 0) + 1
     table = [[*key, count] for key, count in rows.items()]
+    print_text(f"predicted peak memory beside the program's own: {size(result.memory_bytes)}")
     print_table("plan (nothing was written)", ["role", "weight", "input", "smooth", "rank", "steps", "linears"], table)
 
 
