@@ -65,13 +65,18 @@ def weight_bytes(checkpoint: Checkpoint, meta: nn.Module, layout: Layout, dtype:
 
 
 def tell(reporter: Reporter, predict: Callable[[], Memory]) -> None:
-    """Note the prediction where somebody reads it; a family that cannot be followed without data is passed over."""
-    if isinstance(reporter, Silent):
-        return
+    """Note the prediction where somebody reads it."""
+    if not isinstance(reporter, Silent):
+        found = attempt(predict)
+        reporter.note("the peak memory of this model cannot be predicted" if found is None else found.line())
+
+
+def attempt(predict: Callable[[], Memory]) -> Memory | None:
+    """The prediction; None for a model whose forward looks at values, which cannot be followed without data."""
     try:
-        reporter.note(predict().line())
-    except (RuntimeError, NotImplementedError) as error:  # its forward looks at values
-        reporter.note(f"peak memory is not predicted for this model ({type(error).__name__})")
+        return predict()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _work(found: int, offload: str) -> int:

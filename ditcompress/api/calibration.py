@@ -217,7 +217,9 @@ def calibration_plan(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     settings = settings_of(chosen.calibration or Calibration(), 0)
-    memory = _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
+    memory = _memory.attempt(
+        lambda: _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
+    )
     plan = make_plan(chosen, layout)
     inputs = {site.input_key: site.in_features for site in layout.sites}
     return {
@@ -226,5 +228,5 @@ def calibration_plan(
         "inputs": len(inputs),
         "gram_bytes": sum(4 * k * k for k in inputs.values()),
         "offload": offload,
-        "memory_bytes": memory.total,
+        "memory_bytes": None if memory is None else memory.total,
     }

@@ -140,8 +140,9 @@ def quantize(
         reporter.note(note)
     predict = _memory.of_quantizing(checkpoint, meta, layout, plan, chosen, statistics, dtype, offload)
     if dry_run:
-        size = checkpoint.total_bytes
-        return QuantizeResult(None, None, plan, original_bytes=size, memory_bytes=predict().total)
+        found = _memory.attempt(predict)
+        size, peak = checkpoint.total_bytes, None if found is None else found.total
+        return QuantizeResult(None, None, plan, original_bytes=size, memory_bytes=peak)
     _memory.tell(reporter, predict)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
     job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, offload, overwrite, restart,

@@ -279,10 +279,14 @@ class _Run:
                 cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
                 latents = torch.cat([latents, latents])
             timestep = record.timestep.to(latents.device).expand(len(latents))
-            found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed + start)
-            for key, parts in found.items():
-                for x, weight in parts:
-                    self.collector.weigh(key, x, weight)
+            self._weigh(latents, timestep, cond, seed + start)
+
+    def _weigh(self, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor], seed: int) -> None:
+        """Of a few images; all their inputs are dropped before the next ones are run."""
+        found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed)
+        for key, parts in found.items():
+            for x, weight in parts:
+                self.collector.weigh(key, x, weight)
 
     def bucket(self, index: int, steps: int, timestep: float) -> int:
         """The step itself where there is a bucket for each, else an equal part of the time range."""

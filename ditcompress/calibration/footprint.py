@@ -84,12 +84,12 @@ def pass_bytes(
 def _without_data(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The meta model with tensors that claim to lie on the CPU."""
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    made = dtype if tensor.is_floating_point() and table is module._parameters else tensor.dtype
-                    value = torch.empty(tensor.shape, dtype=made)
-                    table[name] = nn.Parameter(value, False) if table is module._parameters else value
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return model
 
 
