@@ -20,6 +20,7 @@ from benchmarks.memory import CONFIG, write_random
 from ditcompress import api
 from ditcompress.api import _memory
 from ditcompress.api.calibration import settings_of
+from ditcompress.api.compress import checked_plan
 from ditcompress.loading import open_model
 from ditcompress.models import adapter_for
 from ditcompress.offload import load_to_run
@@ -53,6 +54,12 @@ def calibrated(folder: Path, way: str, weighting: str) -> None:
     api.calibrate(folder, overrides=[*SETS, f"calibration.weighting={weighting}"], offload=way)
 
 
+def quantized(folder: Path, way: str, recipe: str) -> None:
+    sets = [*SETS, "calibration.weighting=none"] if load_recipe(recipe).calibration else []
+    out = folder.with_name(f"{folder.name}-{recipe}-{way}")
+    api.quantize(folder, recipe, out, overrides=sets, offload=way)
+
+
 def pruned(folder: Path, way: str, name: str) -> None:
     api.prune(folder, 0.3, method=name, overrides=["samples=4", "steps=2"], offload=way, dry_run=True)
 
@@ -73,6 +80,8 @@ def everything(folder: Path) -> dict[str, Callable[[str], Any]]:
         "calibrate": lambda way: calibrated(folder, way, "none"),
         "fisher": lambda way: calibrated(folder, way, "fisher"),
         "shortgpt": lambda way: pruned(folder, way, "shortgpt"),
+        "quantize": lambda way: quantized(folder, way, "w4a8"),
+        "encode": lambda way: quantized(folder, way, "w4a16-rtn"),
         "taylor": lambda way: pruned(folder, way, "taylor"),
     }
 
@@ -88,6 +97,10 @@ def predictions(folder: Path, way: str) -> dict[str, int]:
     for name in ("shortgpt", "taylor"):
         module, params = method(name, FEW)
         found[name] = _memory.of_pruning(*given, module, params, torch.float32, way).total
+    for name, recipe in (("quantize", "w4a8"), ("encode", "w4a16-rtn")):
+        chosen = load_recipe(recipe, [*SETS, "calibration.weighting=none"] if name == "quantize" else [])
+        plan = checked_plan(chosen, layout)
+        found[name] = _memory.of_quantizing(*given, plan, chosen, None, "float32", way)().total
     return found
 
 

@@ -26,8 +26,10 @@ from ..quantization._trained import optional, trained_step
 from ..recipe import Calibration, Recipe
 from ._options import pick_dtype, settings_of
 
-# glibc keeps freed pieces between those in use; measured on DiTs of 70 M to 675 M parameters. Offloading forbids it.
-HOLES = 1.5
+# glibc keeps freed pieces between those in use, which offloading forbids: shares measured on DiTs of 70 to 90 M
+# parameters, of what comes and goes and of what stays among it.
+HOLES, AMONG = 1.5, 1.2
+PROGRAM = 30_000_000  # what the program loads and keeps at its first real run
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def attempt(predict: Callable[[], Memory]) -> Memory | None:
         return None
 
 
-def _work(found: int, offload: str) -> int:
-    return found if offload != "none" else int(HOLES * found)
+def _memory(weights: int, statistics: int, work: int, offload: str) -> Memory:
+    """With what the allocator and the program take on top."""
+    holes, among = (1.0, 1.0) if offload != "none" else (HOLES, AMONG)
+    return Memory(weights, int(among * statistics), int(holes * work) + PROGRAM)
 
 
 def of_calibration(
@@ -91,7 +95,7 @@ def of_calibration(
     adapter = adapter_for(checkpoint.config)
     passes = collect_bytes(checkpoint.config, adapter, layout, settings, dtype)
     weights = weight_bytes(checkpoint, meta, layout, dtype, offload)
-    return Memory(weights, statistics_bytes(layout, settings), _work(passes, offload))
+    return _memory(weights, statistics_bytes(layout, settings), passes, offload)
 
 
 def of_pruning(
@@ -100,7 +104,7 @@ def of_pruning(
     """Of choosing blocks by a method that does not train, on the CPU."""
     weights = weight_bytes(checkpoint, meta, layout, dtype, offload)
     if "probes" not in module.NEEDS:  # reads matrices at most, in float64 three times
-        return Memory(weights, 0, 24 * max(site.in_features * site.out_features for site in layout.sites))
+        return _memory(weights, 0, 24 * max(site.in_features * site.out_features for site in layout.sites), offload)
     assert isinstance(params, ProbeParams)
     config, adapter = checkpoint.config, adapter_for(checkpoint.config)
     branches = branches_of(config, adapter, params.guidance)
@@ -114,7 +118,7 @@ def of_pruning(
     cond = adapter.random_conditions(config, 1, torch.Generator().manual_seed(0))
     one = 4 * 2 * torch.Size(adapter.latent_shape(config)).numel() + sum(t.nbytes for t in cond.values())
     states = branches * params.samples * (params.timesteps or params.steps) * one
-    return Memory(weights, states, _work(work, offload))
+    return _memory(weights, states, work, offload)
 
 
 def _compared(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -134,7 +138,7 @@ def _keeping(kept: list[Any]) -> Hook:
 
 
 def of_encoding(checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: int) -> Memory:
-    """Of rounding block by block: the largest block as stored, some float32 copies of its largest weight, and solves
+    """Of rounding block by block: the largest block as stored, a dozen float32 copies of its largest weight, and solves
     in float64 on its inputs' Gram matrices."""
     blocks: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
@@ -145,7 +149,7 @@ def of_encoding(checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: 
     weight = max((site.in_features * site.out_features for site in planned), default=0)
     width = max((site.in_features for site in planned), default=0) if statistics else 0
     held = checkpoint.total_bytes if checkpoint.memory is not None else 0
-    return Memory(held, statistics, max(blocks.values(), default=0) + 24 * weight + 24 * width**2)
+    return _memory(held, statistics, max(blocks.values(), default=0) + 48 * weight + 24 * width**2, "none")
 
 
 def of_quantizing(
