@@ -20,6 +20,7 @@ from ..models import build_meta
 from ..models.base import Layout
 from .collect import FISHER_CHUNK, GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
 
+ONE_ROW = ("modulation", "time_embedding")  # roles that see one row a sample
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
@@ -144,7 +145,11 @@ def collect_bytes(
 def statistics_bytes(layout: Layout, settings: CalibrationSettings) -> int:
     """Bytes of what is gathered, at the end of the pass: Gram matrices, ranges and kept tokens of every input."""
     passes = settings.steps * -(-settings.samples // settings.batch)
-    kept = min(settings.buckets * -(-settings.reservoir // settings.buckets), TOKENS_A_PASS * passes)
+    most = settings.buckets * -(-settings.reservoir // settings.buckets)
     gram = 4 if settings.grams else 0
-    widths = {site.input_key: site.in_features for site in layout.sites}
-    return sum(k * (gram * k + 8 * settings.buckets + 8 + 4 * kept) for k in widths.values())
+    total = 0
+    for site in {site.input_key: site for site in layout.sites}.values():
+        rows = 2 * min(settings.batch, settings.samples) if site.role in ONE_ROW else TOKENS_A_PASS
+        kept = min(most, min(rows, TOKENS_A_PASS) * passes)
+        total += site.in_features * (gram * site.in_features + 8 * settings.buckets + 8 + 4 * kept)
+    return total
