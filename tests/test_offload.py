@@ -125,6 +125,14 @@ def test_a_compressed_model_and_one_with_experts_run_offloaded(w4a8: Path, tiny_
     assert first == second
 
 
+def test_calibrate_gives_the_same_digest_for_experts_too(tiny_dit: Path, tmp_path: Path) -> None:
+    few = ["calibration.samples=4", "calibration.steps=4"]
+    api.moe(tiny_dit, tmp_path / "moe", method="random", overrides=few)
+    for folder in (tiny_dit, tmp_path / "moe"):
+        first, second = (api.calibrate(folder, overrides=few, offload=way).digest for way in ("none", "disk"))
+        assert first == second
+
+
 def test_commands_give_the_same_result(tmp_path: Path) -> None:
     given: dict[str, Any] = {"ratio": 0.5, "method": "oracle-greedy", "overrides": few("oracle_greedy")}
     results = [api.prune(digits_folder(), out=tmp_path / way, offload=way, **given) for way in ("none", "disk")]
