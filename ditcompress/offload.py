@@ -24,10 +24,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .checkpoint.reader import Checkpoint
 from .errors import DitcompressError
-from .loading import Weights, empty_model, load_model, set_tensor
+from .loading import empty_model, load_model
 from .models import adapter_for
 from .models._table import block_of
 from .sharing import copies_of
+from .weights import Weights, set_tensor
 
 WAYS = ("none", "cpu", "disk")
 ATTRIBUTE = "ditcompress_offloaded"  # of a model whose blocks are read when they run
