@@ -1,6 +1,6 @@
 """Peak memory and time of quantization on a random-weight DiT-XL/2-size checkpoint (675 M parameters).
 
-    python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16] [--set KEY=VALUE]
+    python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16] [--offload disk] [--set KEY=VALUE]
 
 The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
 and the operating system's account of that process is read afterwards (maximum resident set, wall time).
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="w4a16-rtn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--offload", default="none", choices=["none", "cpu", "disk"])
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     more = [part for value in options.set for part in ("--set", value)]
@@ -72,7 +73,12 @@ def main() -> None:
         if load_recipe(options.recipe).calibration is not None:  # few inputs: what follows costs the same with many
             few = ["calibration.samples=1", "calibration.steps=2", "calibration.weighting=none"]
             less = [part for value in few for part in ("--set", value)]
-            _, seconds, peak = run("calibrate", str(folder), "-r", options.recipe, "-o", f"{scratch}/stats", *less)
+            asked = ["calibrate", str(folder), "-r", options.recipe, "-o", f"{scratch}/stats", *less]
+            asked += ["--offload", options.offload]
+            told, _, alone = run(*asked, "--dry-run")
+            _, seconds, peak = run(*asked)
+            predicted = f"{told['memory_bytes'] / 1e9:.2f} GB predicted beside the program's {alone / 1e9:.2f} GB"
+            print(f"offload           {options.offload}: {predicted}")
             print(f"calibration       {seconds:.0f} s with one image and two steps, peak {peak / 1e9:.2f} GB")
             more += ["--statistics", f"{scratch}/stats"]
         facts, seconds, peak = run("quantize", str(folder), "-r", options.recipe, "-o", str(out), *more)

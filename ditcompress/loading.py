@@ -35,6 +35,7 @@ from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
 from .sharing import apply_shared, copies_of, stored_once
 from .structure import narrow
+from .weights import Weights, set_tensor
 
 NAME = "ditcompress"
 VERSION = 1  # of the quantization_config below
@@ -374,36 +375,27 @@ def load_model(
     `dtype` is that of the ordinary parameters (None: as stored), except the few that the class keeps in float32, as in
     `from_pretrained`; packed tensors keep theirs. Everything is checked before any weight is read.
     """
-    register()
-    checkpoint, meta = open_model(path)
-    names = sorted(expected_shapes(meta))
-    model = _with_buffers(checkpoint.config)
-    packed, foreign = stored_dtypes(model), bnb.layers(checkpoint)
-    bnb.mark(model, foreign)
+    model, weights = empty_model(path, dtype)
     with torch.no_grad():
-        for name in names:
-            module_name, _, leaf = name.rpartition(".")
-            module = model.get_submodule(module_name) if module_name else model
-            value = (
-                bnb.read(checkpoint, module_name, meta.get_parameter(name).shape)
-                if leaf == "weight" and module_name in foreign
-                else checkpoint.read(name)
-            )
-            if name not in packed and value.is_floating_point() and dtype is not None:
-                value = value.to(torch.float32 if _stays_float32(model, name) else dtype)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            else:
-                module._buffers[leaf] = value
-    if not names or any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise DitcompressError("E315", checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint")
-    return model.to(device).eval(), checkpoint
+        for name in weights:
+            set_tensor(model, name, weights[name])
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise DitcompressError(
+            "E315", weights.checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint"
+        )
+    return model.to(device).eval(), weights.checkpoint
 
 
-def _stays_float32(model: nn.Module, name: str) -> bool:
-    """diffusers' rule: a part of the dotted name stands in the class's `_keep_in_fp32_modules`."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return not set(name.split(".")).isdisjoint([kept] if isinstance(kept, str) else kept)
+def empty_model(path: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Weights]:
+    """The model with parameters on the meta device, and where its tensors come from; everything is checked."""
+    register()
+    checkpoint, _ = open_model(path)
+    model = _with_buffers(checkpoint.config)
+    bnb.mark(model, bnb.layers(checkpoint))
+    weights = Weights(checkpoint, model, expected_shapes(model), stored_dtypes(model), dtype)
+    if not weights.names:
+        raise DitcompressError("E315", checkpoint.folder, "holds no tensor of this model", "re-copy the checkpoint")
+    return model, weights
 
 
 def as_loaded(model: Any, config: DitcompressConfig) -> None:

@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..calibration.collect import CalibrationSettings, collect
 from ..calibration.conditions import Conditions, get_conditions
 from ..calibration.schedulers import load_scheduler
@@ -22,35 +20,15 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from ..loading import load_model, open_model
+from ..loading import open_model
 from ..models import adapter_for
+from ..offload import check_offload, load_to_run
 from ..quantization import needs
 from ..recipe import Calibration, Recipe, data_folder, load_recipe, make_plan
-
-
-def pick_device(device: str) -> torch.device:
-    """ "auto" is the first accelerator, else the CPU; E604 for a device this machine has not."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError):
-        raise DitcompressError("E604", f"--device {device}", "is not available here", "use cpu or auto") from None
-
-
-def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating dtype by its name; E203 for another."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = dtype if isinstance(dtype, torch.dtype) else named.get(dtype)
-    if found is None:
-        raise DitcompressError("E203", f"--dtype {dtype}", "is not known", "use float32, bfloat16 or float16")
-    return found
-
-
-def settings_of(calibration: Calibration, seed: int, grams: bool = True, batch: int = 16) -> CalibrationSettings:
-    """The collector's settings for a recipe's `calibration` section."""
-    return CalibrationSettings(**calibration.model_dump(), seed=seed, batch=batch, grams=grams)
+from . import _memory
+from ._options import pick_device as pick_device
+from ._options import pick_dtype as pick_dtype
+from ._options import settings_of as settings_of
 
 
 def calibrate(
@@ -64,22 +42,30 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    offload: str = "none",
     overwrite: bool = False,
     restart: bool = False,
     reporter: Reporter | None = None,
 ) -> Statistics:
     """Run `path` along its own sampling trajectories and store what quantization needs in the folder `out`.
 
-    `recipe` says how much is gathered. Raises E205 where the model cannot be driven, E331 for bad statistics.
+    `recipe` says how much is gathered; with `offload` "cpu" or "disk" blocks are in memory only while they run, and
+    the statistics are the same to the bit. Raises E205 where the model cannot be driven, E331 for bad statistics.
     """
     reporter = reporter or Silent()
+    check_offload(offload)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     with _target(out, overwrite, [Path(path)]) as folder:
-        checkpoint, _ = open_model(path, allow_compressed=False)
+        checkpoint, meta = open_model(path, allow_compressed=False)
         settings = settings_of(chosen.calibration or Calibration(), seed)
-        statistics = _calibrate(
-            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart
+        layout = adapter_for(checkpoint.config).layout(meta)
+        _memory.tell(
+            reporter, lambda: _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
         )
+        statistics = _calibrate(
+            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart,
+            offload=offload,
+        )  # fmt: skip
         if folder is not None:
             save_statistics(folder, statistics)
     return statistics
@@ -102,10 +88,10 @@ def _calibrate(
     reporter: Reporter,
     work_for: str | Path | None,
     restart: bool = False,
+    offload: str = "none",
 ) -> Statistics:
     """Fresh statistics of a checkpoint, going on from an interrupted run where there is one."""
     adapter = adapter_for(checkpoint.config)
-    model, _ = load_model(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device))
     sampler = load_scheduler(
         checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
     )
@@ -114,6 +100,8 @@ def _calibrate(
     journal = None
     if work_for is not None:
         journal = work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks, restart)
+    # after the conditions: text encoders are gone by now
+    model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
     layout = adapter.layout(model)
     statistics = collect(
         model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter
@@ -177,6 +165,7 @@ def cached_statistics(
     dtype: str,
     reporter: Reporter,
     restart: bool = False,
+    offload: str = "none",
 ) -> Statistics:
     """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones."""
     asked = {
@@ -197,8 +186,9 @@ def cached_statistics(
             reporter.note(f"statistics of an earlier run are used ({folder})")
             return found
     statistics = _calibrate(
-        checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart
-    )
+        checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart,
+        offload=offload,
+    )  # fmt: skip
     with output_folder(folder, overwrite=True) as partial:
         save_statistics(partial, statistics)
     return statistics
@@ -218,11 +208,18 @@ def _digest(path: str | Path | None) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def calibration_plan(path: str | Path, recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def calibration_plan(
+    path: str | Path, recipe: str, overrides: Sequence[str] = (), *, dtype: str = "float32", offload: str = "none"
+) -> dict[str, Any]:
     """What `calibrate` would do, from the headers alone."""
+    check_offload(offload)
     chosen = load_recipe(recipe, overrides)
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
+    settings = settings_of(chosen.calibration or Calibration(), 0)
+    memory = _memory.attempt(
+        lambda: _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
+    )
     plan = make_plan(chosen, layout)
     inputs = {site.input_key: site.in_features for site in layout.sites}
     return {
@@ -230,4 +227,6 @@ def calibration_plan(path: str | Path, recipe: str, overrides: Sequence[str] = (
         "needs": ", ".join(sorted(needs(plan))) or "nothing",
         "inputs": len(inputs),
         "gram_bytes": sum(4 * k * k for k in inputs.values()),
+        "offload": offload,
+        "memory_bytes": None if memory is None else memory.total,
     }

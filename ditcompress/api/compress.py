@@ -35,7 +35,7 @@ from ..quantization import RecipeSteps, check_plan, choose, measures, needs
 from ..quantization._trained import Tuned
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
-from . import _bitsandbytes
+from . import _bitsandbytes, _memory
 from ._notes import fallbacks
 from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
@@ -50,7 +50,7 @@ MARGIN_DB = 0.2  # added to the second try at a dB target: the first one's short
 class QuantizeResult:
     """What `quantize` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory),
     the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors; `measured_db` is the output
-    SQNR on held-out inputs where a budget was spent."""
+    SQNR on held-out inputs where a budget was spent, `memory_bytes` the predicted peak of a dry run."""
 
     path: Path | None
     model: nn.Module | None
@@ -59,6 +59,7 @@ class QuantizeResult:
     original_bytes: int = 0
     bytes: int = 0
     measured_db: float | None = None
+    memory_bytes: int | None = None
 
     @property
     def bits(self) -> float:
@@ -82,6 +83,7 @@ class _Job:
     seed: int
     device: str
     dtype: str
+    offload: str
     overwrite: bool
     restart: bool
     max_shard_bytes: int
@@ -103,6 +105,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    offload: str = "none",
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -114,7 +117,8 @@ def quantize(
     Statistics are taken from `statistics` (a folder or an object), else from the cache, else gathered; a recipe
     that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
     with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
-    for which the result is measured, and made once more when it falls short.
+    for which the result is measured, and made once more when it falls short. `offload` "cpu" or "disk" bounds the
+    memory of the calibration by the largest linear; what runs the whole model otherwise is refused then.
     """
     reporter = reporter or Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -127,6 +131,7 @@ def quantize(
     checkpoint, meta = open_model(path, allow_compressed=False)
     layout = adapter_for(checkpoint.config).layout(meta)
     plan = checked_plan(chosen, layout)
+    chosen = _memory.check_quantization(chosen, plan, (target_bits, target_size, target_db), offload, reporter)
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
     plan = checked_plan(chosen, layout)
     if chosen.backend == "bitsandbytes" and checkpoint.quantization is not None:
@@ -134,10 +139,14 @@ def quantize(
     plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
     for note in fallbacks(chosen, plan, layout):
         reporter.note(note)
+    predict = _memory.of_quantizing(checkpoint, meta, layout, plan, chosen, statistics, dtype, offload)
     if dry_run:
-        return QuantizeResult(None, None, plan, original_bytes=checkpoint.total_bytes)
+        found = _memory.attempt(predict)
+        size, peak = checkpoint.total_bytes, None if found is None else found.total
+        return QuantizeResult(None, None, plan, original_bytes=size, memory_bytes=peak)
+    _memory.tell(reporter, predict)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
-    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, overwrite, restart,
+    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, offload, overwrite, restart,
                max_shard_bytes, reporter)  # fmt: skip
     result = _write(job, chosen, checkpoint, layout, plan)
     if (target_bits, target_size, target_db) == (None, None, None):
@@ -288,8 +297,9 @@ def _statistics_for(plan: Plan, recipe: Recipe, checkpoint: Checkpoint, job: _Jo
         return None
     settings = settings_of(recipe.calibration or Calibration(), job.seed)
     return cached_statistics(
-        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
-    )
+        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart,
+        job.offload,
+    )  # fmt: skip
 
 
 def _quantize_module(

@@ -21,9 +21,10 @@ from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remov
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..errors import DitcompressError
-from ..loading import expected_shapes, load_model, meta_model, open_model
+from ..loading import expected_shapes, meta_model, open_model
 from ..measures import ratio_db
 from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
+from ..offload import check_offload, load_to_run
 from ..pruning import (
     MEASURES,
     Choice,
@@ -46,6 +47,7 @@ from ..recipe import read_yaml
 from ..report.card import pruned_card
 from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
+from . import _memory
 from .calibration import conditions_for, pick_device, pick_dtype
 from .compress import copy_scheduler
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
@@ -81,6 +83,7 @@ def prune(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    offload: str = "none",
     overwrite: bool = False,
     restart: bool = False,
     dry_run: bool = False,
@@ -90,22 +93,29 @@ def prune(
     """Remove `ratio` of all blocks' parameters (or operations, or seconds): whole blocks, by `method`.
 
     `prune-best`, the default, takes part of it from the width; others remove the number of blocks that is nearest to
-    the ratio, so a small one may remove none. `width_ratio` also removes
-    that share of the feed-forward neurons and attention heads (`width_units`: both, neurons or heads) of the blocks
-    that are left, by `width_method`; what no plain config.json can say then needs `import ditcompress` to load. A path
-    gives the folder `out`, a model in memory a new model. A killed run of a method that learns goes on when called
-    again, unless `restart`. Raises E201 and E203 for bad options, E205 for what cannot go.
+    the ratio, so a small one may remove none. `width_ratio` also removes that share of the feed-forward neurons and
+    attention heads (`width_units`: both, neurons or heads) of the blocks that are left, by `width_method`; what no
+    plain config.json can say then needs `import ditcompress` to load. A path gives the folder `out`, a model in memory
+    a new model. A killed run of a method that learns goes on when called again, unless `restart`. `offload` "cpu" or
+    "disk": blocks are in memory only while they run. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
     reporter = reporter or Silent()
-    method = method or ("prune-best" if width_ratio is None else "oracle-greedy")
-    job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter)
+    method = method or ("prune-best" if width_ratio is None and offload == "none" else "oracle-greedy")
+    job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter, offload)
     width = Width.of(ratio, width_ratio, width_units, width_method, method_settings(width_overrides, "--width-set"))
+    if offload != "none" and (width.ratio is not None or hasattr(job.module, "width")):
+        what = "width is decided on weights in memory"
+        raise DitcompressError("E203", f"--offload {offload}", what, "remove blocks alone, for example oracle-greedy")
     if isinstance(model_or_path, nn.Module):
         return _prune_module(model_or_path, job, width)
     path = Path(model_or_path)
-    opened, _ = open_model(path, allow_compressed=False)
+    opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
         raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+    if ratio is not None and "training" not in job.module.NEEDS:
+        layout = adapter_for(opened.config).layout(meta)
+        _memory.tell(reporter, lambda: _memory.of_pruning(
+            opened, meta, layout, job.module, job.params, pick_dtype(dtype), offload))  # fmt: skip
     if dry_run:
         checkpoint, context, choice = job.run(path, device, dtype)
         cut, _ = _cut(checkpoint, job, context, choice, width)
@@ -145,12 +155,12 @@ def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
 
 def sensitivity(
     path: str | Path, *, method: str = "shortgpt", overrides: Sequence[str] = (), seed: int = 0, device: str = "auto",
-    dtype: str = "float32", reporter: Reporter | None = None,
+    dtype: str = "float32", offload: str = "none", reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Importance of every unit of blocks by a pruning method, over timesteps where the method sees them."""
     steps = SENSITIVITY_STEPS if "probes" in registry.get(method.replace("-", "_")).NEEDS else ()
-    job = _Job(0.5, "params", method, (*steps, *overrides), None, None, seed, reporter or Silent())
-    model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+    job = _Job(0.5, "params", method, (*steps, *overrides), None, None, seed, reporter or Silent(), offload)
+    model, checkpoint = job.load(path, device, dtype)
     context, _ = job.context(model, checkpoint, check=False)
     found = job.module.scores(context, job.params)
     return {
@@ -169,12 +179,20 @@ class _Job:
 
     def __init__(
         self, ratio: float | None, by: str, name: str, overrides: tuple[str, ...], conditions: str | Path | None,
-        scheduler: str | Path | None, seed: int, reporter: Reporter,
+        scheduler: str | Path | None, seed: int, reporter: Reporter, offload: str = "none",
     ) -> None:  # fmt: skip
         check_ratio("--ratio", ratio)
         if by not in MEASURES:
             raise DitcompressError("E203", f"--by {by}", "is not known", f"use {', '.join(MEASURES)}")
         self.module, self.params = method(name, method_settings(overrides))
+        check_offload(offload)
+        if offload != "none" and "training" in self.module.NEEDS:
+            what = f"{name} trains, which needs every weight in memory"
+            raise DitcompressError("E203", f"--offload {offload}", what, "choose a method without training, or none")
+        if offload != "none" and by == "latency":
+            what = "--by latency would time the reading of weights"
+            raise DitcompressError("E203", f"--offload {offload}", what, "use --by flops")
+        self.offload = offload
         self.ratio, self.by, self.name = ratio, by, name.replace("_", "-")
         self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
         self.journal: Path | None = None
@@ -187,8 +205,11 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         return {"method": self.name, "ratio": self.ratio, "by": self.by, "params": self.params.model_dump()}
 
+    def load(self, path: str | Path, device: str, dtype: str) -> tuple[nn.Module, Checkpoint]:
+        return load_to_run(path, dtype=pick_dtype(dtype), device=pick_device(device), offload=self.offload)
+
     def run(self, path: Path, device: str, dtype: str) -> tuple[Checkpoint, Context, Choice]:
-        model, checkpoint = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+        model, checkpoint = self.load(path, device, dtype)
         check_finite(checkpoint, self.reporter)
         return checkpoint, *self.choice(model, checkpoint)
 

@@ -30,6 +30,7 @@ from .statistics import InputStatistics, Statistics, flatten, keep_best, unflatt
 from .trajectory import Sampling, StepRecord, generator, prepare, sample
 
 GRAM_TOKENS = 2048  # tokens of one forward that enter a Gram matrix: far more than channels over a whole pass
+TOKENS_A_PASS = 64  # of one forward that enter a reservoir
 FISHER_IMAGES, FISHER_CHUNK = 8, 4  # images of a batch that get a backward pass, and how many at once
 STEP_OFFSETS = (0, -1, 1, -2, 2)
 SAVE_EVERY_S = 20.0
@@ -99,7 +100,7 @@ class _Collector:
             with torch.autocast(tokens.device.type, enabled=False):  # a bfloat16 product would not be semidefinite
                 gram = ((part.T @ part) * scale).cpu()
         quota = self._quota()
-        pick = torch.randint(len(tokens), (min(quota, 64, len(tokens)),), generator=self.source)
+        pick = torch.randint(len(tokens), (min(quota, TOKENS_A_PASS, len(tokens)),), generator=self.source)
         return InputStatistics(
             low, high, part.double().sum(0).cpu() * scale,
             torch.tensor([float(scale * len(part))], dtype=torch.float64),
@@ -278,10 +279,14 @@ class _Run:
                 cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
                 latents = torch.cat([latents, latents])
             timestep = record.timestep.to(latents.device).expand(len(latents))
-            found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed + start)
-            for key, parts in found.items():
-                for x, weight in parts:
-                    self.collector.weigh(key, x, weight)
+            self._weigh(latents, timestep, cond, seed + start)
+
+    def _weigh(self, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor], seed: int) -> None:
+        """Of a few images; all their inputs are dropped before the next ones are run."""
+        found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed)
+        for key, parts in found.items():
+            for x, weight in parts:
+                self.collector.weigh(key, x, weight)
 
     def bucket(self, index: int, steps: int, timestep: float) -> int:
         """The step itself where there is a bucket for each, else an equal part of the time range."""

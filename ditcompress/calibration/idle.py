@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import Layout, Site
+from ..offload import device_of
 from ..runtime.moe import feed_forwards
 from .statistics import InputStatistics
 
@@ -45,10 +46,10 @@ def _seen(model: nn.Module, expert: nn.Module, sites: list[Site], tokens: Tensor
         return lambda module, args: found.__setitem__(name, args[0].detach().float().cpu())
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(hook(s.name)) for s in sites]  # type: ignore[arg-type]
-    first = next(model.parameters())
+    dtype = next(model.parameters()).dtype
     try:
         if sites:
-            expert(tokens.to(first.device, first.dtype))
+            expert(tokens.to(device_of(model), dtype))
     finally:
         for handle in handles:
             handle.remove()

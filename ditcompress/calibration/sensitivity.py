@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import Layout
+from ..offload import reread
 
 
 class TokenWeights:
@@ -69,12 +70,14 @@ class TokenWeights:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters take no gradient inside: only outputs are differentiated, and a gradient of every weight would cost
-    the memory of a second model and stay on the caller's."""
+    the memory of a second model and stay on the caller's. Weights of an offloaded model are read again on the way back.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with reread(model):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console import Reporter, Silent
+from ..offload import device_of
 from .conditions import Conditions
 
 
@@ -135,7 +136,7 @@ class Walk:
         self.guided = conditions.null is not None and sampling.guidance != 1
         noise = initial_noise(adapter.latent_shape(config), sampling.seed, images)
         scale = float(getattr(self.sampler, "init_noise_sigma", 1.0))
-        self.start = noise.to(next(model.parameters()).device) * scale
+        self.start = noise.to(device_of(model)) * scale
 
     @property
     def count(self) -> int:

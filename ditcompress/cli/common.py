@@ -23,6 +23,7 @@ from ..errors import DitcompressError, printable
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the forward passes.")]
+Offload = Annotated[str, typer.Option(help="none, cpu or disk: where blocks are while they do not run.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -125,6 +126,13 @@ def hush() -> None:
     logging.disable(logging.WARNING)
     with contextlib.suppress(ValueError):
         logging.captureWarnings(True)
+
+
+def not_staged(offload: str) -> None:
+    """E203: the stages of a recipe train and evaluate whole models."""
+    if offload != "none":
+        remedy = "run the commands one by one"
+        raise DitcompressError("E203", f"--offload {offload}", "a recipe with stages trains or evaluates", remedy)
 
 
 def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:

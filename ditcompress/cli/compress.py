@@ -17,6 +17,7 @@ from .common import (
     DryRun,
     Dtype,
     Json,
+    Offload,
     Overwrite,
     Quiet,
     Restart,
@@ -41,6 +42,7 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -56,12 +58,13 @@ def calibrate(
         from .. import api
 
         if dry_run:
-            value: dict[str, Any] = api.calibration_plan(checkpoint, recipe, set_ or ())
+            value: dict[str, Any] = api.calibration_plan(checkpoint, recipe, set_ or (), dtype=dtype, offload=offload)
             common.emit(as_json, value, lambda: print_table("would calibrate", ["what", "value"], [*value.items()]))
             return
         found = api.calibrate(
             checkpoint, out, recipe=recipe, overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed,
-            device=device, dtype=dtype, overwrite=overwrite, restart=restart, reporter=common.reporter(quiet, as_json),
+            device=device, dtype=dtype, offload=offload, overwrite=overwrite, restart=restart,
+            reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         facts = {
             "out": str(out),
@@ -88,6 +91,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -102,6 +106,7 @@ def quantize(
 
         chosen = load_recipe(recipe, set_ or ())
         if chosen.staged:
+            common.not_staged(offload)
             chain.run(
                 as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
                 dtype=dtype, overwrite=overwrite, restart=restart, dry_run=dry_run,
@@ -110,12 +115,16 @@ def quantize(
             return
         result = api.quantize(
             checkpoint, chosen, out, statistics=statistics, conditions=conditions,
-            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
-            dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
+            scheduler=scheduler, seed=seed, device=device, dtype=dtype, offload=offload, overwrite=overwrite,
+            restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json), target_bits=target_bits,
             target_size=target_size, target_db=target_db,
         )  # fmt: skip
         if dry_run:
-            common.emit(as_json, {"plan": result.plan.to_json()}, lambda: _show_plan(result))
+            common.emit(
+                as_json,
+                {"plan": result.plan.to_json(), "memory_bytes": result.memory_bytes},
+                lambda: _show_plan(result),
+            )
         else:
             common.emit(as_json, api.quantize_facts(result), lambda: _show_result(result, recipe))
 
@@ -129,6 +138,7 @@ def _show_plan(result: QuantizeResult) -> None:
         key = (layer.role, f"{layer.weight.format}: {params}", inputs, layer.smooth, str(layer.rank), steps)
         rows[key] = rows.get(key, 0) + 1
     table = [[*key, count] for key, count in rows.items()]
+    print_text(f"predicted peak memory beside the program's own: {size(result.memory_bytes)}")
     print_table("plan (nothing was written)", ["role", "weight", "input", "smooth", "rank", "steps", "linears"], table)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..console import print_table, print_text, size
 from . import common
-from .common import Checkpoint, Debug, Device, Dtype, Json, Quiet, Seed
+from .common import Checkpoint, Debug, Device, Dtype, Json, Offload, Quiet, Seed
 from .prune import show_sensitivity
 
 
@@ -25,6 +25,7 @@ def inspect(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -35,7 +36,7 @@ def inspect(
 
         if sensitivity:
             found = api.sensitivity(
-                checkpoint, method=method, seed=seed, device=device, dtype=dtype,
+                checkpoint, method=method, seed=seed, device=device, dtype=dtype, offload=offload,
                 reporter=common.reporter(quiet, as_json),
             )  # fmt: skip
             common.emit(as_json, found, lambda: show_sensitivity(found))

@@ -17,6 +17,7 @@ from .common import (
     DryRun,
     Dtype,
     Json,
+    Offload,
     Overwrite,
     Quiet,
     Restart,
@@ -62,6 +63,7 @@ def prune(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    offload: Offload = "none",
     restart: Restart = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -82,6 +84,7 @@ def prune(
             pruning = {"ratio": ratio, "by": by, "method": method, "params": api.method_settings(set_ or ()),
                        "width_ratio": width_ratio, "width_units": width_units, "width_method": width_method,
                        "width_params": api.method_settings(width_set or (), "--width-set")}  # fmt: skip
+            common.not_staged(offload)
             chosen = api.staged(recipe, pruning, distill_steps, data)
             chain.run(
                 as_json, checkpoint, chosen, out, conditions=conditions, scheduler=scheduler, seed=seed, device=device,
@@ -92,8 +95,8 @@ def prune(
         result = api.prune(
             checkpoint, ratio, out, by=by, method=method, width_ratio=width_ratio, width_units=width_units,
             width_method=width_method, width_overrides=width_set or (), overrides=set_ or (), conditions=conditions,
-            scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite, restart=restart,
-            dry_run=dry_run, reporter=common.reporter(quiet, as_json),
+            scheduler=scheduler, seed=seed, device=device, dtype=dtype, offload=offload, overwrite=overwrite,
+            restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
         path = None if result.path is None else str(result.path)
         common.emit(as_json, {"path": path, **result.facts}, lambda: _show(result))

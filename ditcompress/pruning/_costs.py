@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models import Depth, account
 from ..models.base import Layout
+from ..offload import device_of
 
 MEASURES = ("params", "flops", "latency")
 REPEATS = 9
@@ -41,7 +42,7 @@ def seconds(model: nn.Module, blocks: Sequence[str], forward: Callable[[], Any])
     """Median time of each block over REPEATS forward passes after one to warm up."""
     started: dict[str, float] = {}
     found: dict[str, list[float]] = {block: [] for block in blocks}
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def now() -> float:
         if device.type == "cuda":

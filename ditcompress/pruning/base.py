@@ -36,6 +36,7 @@ from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..models import Depth
 from ..models.base import Layout
+from ..offload import device_of
 from ..registry import Registry, nearest
 from ..structure import without_blocks
 
@@ -116,7 +117,7 @@ class Context:
 
     def predict(self, probe: Probe) -> Tensor:
         """The model's prediction for a probe, float32 (n, ...); differentiable where gradients are enabled."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return self.adapter.predict(self.model, probe.latents.to(device), probe.timestep.to(device), probe.cond).float()
 
     def project(self, probe: Probe, generator: torch.Generator) -> Tensor:

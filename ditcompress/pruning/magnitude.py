@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ..offload import loaded
 from .base import Context, Scores, StrictParams
 
 NEEDS: tuple[str, ...] = ()
@@ -24,9 +25,11 @@ def scores(context: Context, params: Params) -> Scores:
     for name in context.names:
         total, count = 0.0, 0
         for block in context.blocks(name):
-            for weight in context.model.get_submodule(block).parameters():
-                if weight.ndim > 1:
-                    total += float(weight.detach().double().abs().pow(params.power).sum())
-                    count += weight.numel()
+            for path, part in context.model.get_submodule(block).named_modules(prefix=block):
+                with loaded(context.model, path, deep=False):
+                    for weight in part.parameters(recurse=False):
+                        if weight.ndim > 1:
+                            total += float(weight.detach().double().abs().pow(params.power).sum())
+                            count += weight.numel()
         values[name] = total / max(count, 1)
     return Scores(values)

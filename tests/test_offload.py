@@ -1,0 +1,154 @@
+"""Offloaded models: the same bits as resident ones for everything that runs them, and bad requests in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ditcompress import api
+from ditcompress.calibration.collect import CalibrationSettings, collect
+from ditcompress.calibration.conditions import get_conditions
+from ditcompress.checkpoint.source import ModuleSource
+from ditcompress.errors import DitcompressError
+from ditcompress.evaluation.digits import digits_folder
+from ditcompress.loading import load_model
+from ditcompress.models import registry
+from ditcompress.offload import ATTRIBUTE, load_to_run, loaded
+from ditcompress.pruning import registry as methods
+from ditcompress.structure import without_blocks
+
+from .pruning.models import DEPTHS, REMOVED, deep, inputs, run
+from .pruning.test_methods import context, few
+
+FAMILIES = sorted(DEPTHS)
+METHODS = [name for name in methods.names() if "training" not in methods.get(name).NEEDS]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A family and its deep tiny model on disk."""
+    folder = tmp_path_factory.mktemp("offload") / request.param
+    deep(request.param).save_pretrained(folder)  # type: ignore[operator]
+    return request.param, folder
+
+
+def models(folder: Path, way: str = "disk", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """The resident and the offloaded one."""
+    return load_model(folder, dtype=dtype)[0], load_to_run(folder, dtype=dtype, offload=way)[0]
+
+
+def empty_inside(model: nn.Module) -> bool:
+    """Whether no block holds data."""
+    blocks = tuple(f"{block}." for block in getattr(model, ATTRIBUTE).blocks)
+    return all(tensor.is_meta == name.startswith(blocks) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("disk", torch.float32), ("cpu", torch.bfloat16)])
+def test_outputs_are_those_of_the_resident_model(stored: tuple[str, Path], way: str, dtype: torch.dtype) -> None:
+    name, folder = stored
+    resident, offloaded = models(folder, way, dtype)
+    given = inputs(name, resident)
+    assert empty_inside(offloaded)
+    assert torch.equal(run(name, resident, given), run(name, offloaded, given))
+    assert empty_inside(offloaded)
+
+
+def test_blocks_can_be_left_out(stored: tuple[str, Path]) -> None:
+    name, folder = stored
+    resident, offloaded = models(folder)
+    given = inputs(name, resident)
+    whole = run(name, offloaded, given)
+    found = []
+    for model in (resident, offloaded):
+        with without_blocks(model, context(name, model).depth, REMOVED[name]):
+            found.append(run(name, model, given))
+    assert torch.equal(*found) and not torch.equal(found[1], whole)
+    assert torch.equal(run(name, offloaded, given), whole)
+
+
+@pytest.mark.parametrize("weighting", ["none", "fisher"])
+def test_statistics_are_the_same_bits(stored: tuple[str, Path], weighting: Any) -> None:
+    name, folder = stored
+    family = registry.get(name)
+    settings = CalibrationSettings(samples=2, steps=2, weighting=weighting, batch=2, buckets=2, reservoir=16)
+    digests = []
+    for model in models(folder):
+        config: Any = model.config
+        conditions = get_conditions(ModuleSource(deep(name)), family, 2, 0)
+        scheduler = family.default_scheduler(config)
+        digests.append(collect(model, family, config, family.layout(model), scheduler, conditions, settings).digest)
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_are_the_same_bits(stored: tuple[str, Path], method: str) -> None:
+    name, folder = stored
+    module = methods.get(method)
+    first, second = (module.scores(context(name, model), module.Params()) for model in models(folder))
+    assert first.values == second.values and first.by_timestep == second.by_timestep
+
+
+def test_a_backward_pass_keeps_no_weight_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix that a gradient passes through is read twice: for the forward pass, and again on the way back."""
+    deep("dit").save_pretrained(tmp_path / "dit")  # type: ignore[operator]
+    model, _ = load_to_run(tmp_path / "dit", dtype=torch.float32, offload="disk")
+    parts, read = getattr(model, ATTRIBUTE), []
+    original = type(parts).__getitem__
+    monkeypatch.setattr(type(parts), "__getitem__", lambda self, name: read.append(name) or original(self, name))
+    module = methods.get("taylor")
+    module.scores(context("dit", model), module.Params())
+    matrix = "transformer_blocks.2.ff.net.2"
+    assert read.count(f"{matrix}.weight") == 2 and read.count(f"{matrix}.bias") == 1
+    assert empty_inside(model) and parts.watched is None
+
+
+def test_weights_can_be_looked_at(stored: tuple[str, Path]) -> None:
+    resident, offloaded = models(stored[1])
+    block = getattr(offloaded, ATTRIBUTE).blocks[1]
+    with loaded(offloaded, block) as part:
+        mine, theirs = part.state_dict(), resident.get_submodule(block).state_dict()
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert empty_inside(offloaded)
+
+
+def test_a_compressed_model_and_one_with_experts_run_offloaded(w4a8: Path, tiny_dit: Path, tmp_path: Path) -> None:
+    first, second = (api.sensitivity(w4a8, overrides=few("shortgpt"), offload=way) for way in ("none", "disk"))
+    assert first == second
+    api.moe(tiny_dit, tmp_path / "moe", method="random", overrides=["calibration.samples=4", "calibration.steps=4"])
+    first, second = (
+        api.sensitivity(tmp_path / "moe", overrides=few("shortgpt"), offload=way) for way in ("none", "cpu")
+    )
+    assert first == second
+
+
+def test_calibrate_gives_the_same_digest_for_experts_too(tiny_dit: Path, tmp_path: Path) -> None:
+    few = ["calibration.samples=4", "calibration.steps=4"]
+    api.moe(tiny_dit, tmp_path / "moe", method="random", overrides=few)
+    for folder in (tiny_dit, tmp_path / "moe"):
+        first, second = (api.calibrate(folder, overrides=few, offload=way).digest for way in ("none", "disk"))
+        assert first == second
+
+
+def test_commands_give_the_same_result(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"ratio": 0.5, "method": "oracle-greedy", "overrides": few("oracle_greedy")}
+    results = [api.prune(digits_folder(), out=tmp_path / way, offload=way, **given) for way in ("none", "disk")]
+    assert results[0].facts == results[1].facts
+    weights = [(r.path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() for r in results if r.path]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"offload": "gpu"}, r"E203 bad-option\]: --offload gpu: is not known; use none, cpu, disk"),
+        ({"offload": "disk", "method": "tinyfusion"}, r"E203 bad-option\]: --offload disk: tinyfusion trains"),
+        ({"offload": "cpu", "by": "latency"}, r"E203 bad-option\]: --offload cpu: --by latency would time"),
+    ],
+)
+def test_what_offloading_cannot_serve_is_refused(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(DitcompressError, match=message):
+        api.prune(digits_folder(), 0.5, dry_run=True, **arguments)  # type: ignore[arg-type]
