@@ -13,29 +13,33 @@ from ..experts import ExpertLayer
 from ..mixture import token_operations
 from ..recipe import Calibration, Training, override
 from ..registry import nearest
-from ..runtime.moe import feed_forwards, idle_parameters, router_parameters
+from ..runtime.moe import Gate, feed_forwards, idle_parameters, router_parameters
 
 
 class ExpertTraining(Training):
     """The trainer's fields and: `balance` weighs the load-balance loss (Dense2MoE: 0.01), `router_rate` is the router's
-    learning rate, `shared` whether the shared experts learn too."""
+    learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
+    averaged or added (by default as the method does)."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
     balance: float = Field(0.01, ge=0)
     router_rate: float = Field(1e-3, gt=0)
     shared: bool = True
+    balance_over: Literal["mean", "sum"] | None = None
 
 
 class ExpertSettings(BaseModel):
-    """`method` holds the method's own parameters; `gate` how chosen experts count (see runtime/moe.py); `probe` the
-    batches of states on which the use of the experts is measured, and `scoring` those of the Taylor scores."""
+    """`method` holds the method's own parameters; `gate` how chosen experts count (see runtime/moe.py; by
+    default as the method does); `probe` the batches of states on which the use of the experts is measured, `scoring`
+    those of the Taylor scores, `images` the samples whose tokens moe.html colours by expert."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: dict[str, Any] = {}
-    gate: Literal["one", "share"] = "one"
+    gate: Gate | None = None
     probe: int = Field(4, ge=1, le=1000)
     scoring: int = Field(16, ge=1, le=10_000)
+    images: int = Field(4, ge=0, le=64)
     calibration: Calibration = Calibration(samples=64, reservoir=4096)
     training: ExpertTraining = ExpertTraining()
 
@@ -62,14 +66,14 @@ def settings_from(overrides: Sequence[str], steps: int) -> ExpertSettings:
 
 def facts_of(
     dense: nn.Module, sparse: nn.Module, specs: Mapping[str, ExpertLayer], method: str, sqnr: float,
-    use: Mapping[str, Mapping[str, Any]], left: Sequence[str],
+    use: Mapping[str, Mapping[str, Any]],
+    routing: Mapping[str, Any], left: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What moe.json holds: parameters counted from the modules, operations of one token in the converted feed-forwards,
-    the use of the experts by layer."""
+    the use of the experts by layer, and by timestep and class."""
     operations = [token_operations(layer) for layer in feed_forwards(sparse).values()]
     before, after = (sum(column) for column in zip(*operations, strict=True))
     total = sum(p.numel() for p in sparse.parameters()) + router_parameters(sparse)
-    every = [row["busiest"] for row in use.values()]
     return {
         "method": method,
         "sqnr_db": sqnr,
@@ -79,8 +83,10 @@ def facts_of(
         },
         "feed_forward_flops_per_token": {"dense": before, "active": after},
         "active_neurons": sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values()),
-        "busiest": max(every),
+        "busiest": max(row["busiest"] for row in use.values()),
+        "idlest": min(row["idlest"] for row in use.values()),
         "layers": {path: {**specs[path].to_json(), **use[path]} for path in specs},
+        "routing": dict(routing),
         "left_dense": list(left),
     }  # fmt: skip
 

@@ -20,12 +20,14 @@ from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..distill.trainer import train
 from ..errors import DitcompressError
+from ..evaluation.vae import decode, load_vae
 from ..experts import ExpertLayer, convertible, left_dense
 from ..loading import open_model
 from ..mixture import (
     Experts,
     Weights,
     convert,
+    followed,
     measured,
     method_of,
     neuron_importance,
@@ -35,13 +37,14 @@ from ..mixture import (
 )
 from ..models import adapter_for
 from ..models.base import Layout
+from ..report.experts import Coloured, page
 from ..structure import writers
 from ._experts import ExpertSettings, card, facts_of, settings_from
 from ._training import Driven, driven
 from .calibration import cached_statistics, pick_device, pick_dtype, settings_of
 from .compress import copy_scheduler
 
-REPORT = "moe.json"
+REPORT, PAGE = "moe.json", "moe.html"
 CALIBRATION_BATCH = 8  # images at a time: more forward passes, so more of the reservoir's tokens differ
 PROBE_SIZE, IMPORTANCE_SIZE = 32, 8  # states of a batch
 
@@ -103,8 +106,9 @@ def moe(
     chosen, settings = method_of(method), settings_from(overrides, distill_steps)
     params = params_of(chosen, settings.method)
     layout = adapter_for(checkpoint.config).layout(meta)
-    offset = bool(getattr(params, "offsets", False))
-    specs = specs_for(meta, layout, experts, shared, active, settings.gate, offset)
+    offset, copies = (bool(getattr(params, name, False)) for name in ("offsets", "copies"))
+    gate = settings.gate or getattr(chosen, "gate", lambda _: "one")(params)
+    specs = specs_for(meta, layout, experts, shared, active, gate, offset, copies)
     left = left_dense(meta, layout)
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
@@ -136,13 +140,14 @@ def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], o
         sparse, losses = _converted(job, checkpoint, layout, by, journal)
         probe = _states(job, by, 104_729, images=32)
         batches = [probe.batch(n, PROBE_SIZE) for n in range(job.settings.probe)]
-        sqnr, use = measured(by.model, sparse, by.adapter, batches)
-        facts = {**facts_of(by.model, sparse, job.specs, job.name, sqnr, use, left), "seed": job.seed,
+        sqnr, use, routing = measured(by.model, sparse, by.adapter, batches)
+        facts = {**facts_of(by.model, sparse, job.specs, job.name, sqnr, use, routing, left), "seed": job.seed,
                  "states": len(batches) * PROBE_SIZE, "conditions": by.conditions.source}  # fmt: skip
         if losses:
             tail = losses[-20:]
             facts["distilled"] = {"steps": len(losses), "first": losses[0], "last": sum(tail) / len(tail)}
         _write_folder(job, checkpoint, sparse, facts, partial)
+        (partial / PAGE).write_text(page(facts, _coloured(job, checkpoint, by, sparse)), encoding="utf-8")
         checkpoint.verify_unchanged()
     remove_work(journal)
     return {"out": str(job.out), **facts}
@@ -156,6 +161,21 @@ def _states(job: _Job, by: Driven, offset: int, images: int) -> Trajectories:
         by.model, by.adapter, by.config, by.scheduler, by.conditions, sampling, images=images, refresh=wanted.refresh,
         null=wanted.null,
     )  # fmt: skip
+
+
+def _coloured(job: _Job, checkpoint: Checkpoint, by: Driven, sparse: nn.Module) -> Coloured | None:
+    """A few samples with the experts of their tokens, decoded where the checkpoint has a VAE."""
+    if not job.settings.images:
+        return None
+    sampling = Sampling(job.settings.training.sample_steps, by.guidance, job.seed)
+    found = followed(sparse, by.adapter, by.config, by.scheduler, by.conditions, sampling, job.settings.images)
+    if found is None:
+        return None
+    vae = load_vae(checkpoint, str(pick_device(job.device)))
+    images = found.images if vae is None else decode(vae, found.images)
+    if images.shape[1] in (1, 3):
+        return Coloured(images, -1.0, 1.0, found.choices)
+    return Coloured(images, float(images.min()), float(images.max()), found.choices)
 
 
 def _converted(
@@ -192,7 +212,8 @@ def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal
     """Train the expert layers of `sparse` in place; the losses."""
     wanted = job.settings.training
     data = _states(job, by, 7919, images=wanted.images)
-    weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared)
+    over = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
+    weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared, over)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         task = Experts(by.model, sparse, layout, data, weights, wanted.batch)

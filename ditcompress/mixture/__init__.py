@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._convert import convert, hidden_of, neuron_importance, specs_for
 from ._distill import Experts, Weights
+from ._tokens import Tokens, followed
 from ._use import measured, token_operations
 from .base import FeedForward, Split, method_of, params_of, registry
 
@@ -11,8 +12,10 @@ __all__ = [
     "Experts",
     "FeedForward",
     "Split",
+    "Tokens",
     "Weights",
     "convert",
+    "followed",
     "hidden_of",
     "measured",
     "method_of",

@@ -15,16 +15,19 @@ from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, build, convertible
 from ..models.base import Layout
-from ..runtime.moe import MoEFeedForward
+from ..runtime.moe import Gate, MoEFeedForward
 from ..structure import feed_forward_path, readers, writers
 from .base import FeedForward, Split
 
 
 def specs_for(
-    model: nn.Module, layout: Layout, slices: int, shared: int, active: int, gate: str = "one", offset: bool = False
-) -> dict[str, ExpertLayer]:
+    model: nn.Module, layout: Layout, slices: int, shared: int, active: int, gate: Gate = "one", offset: bool = False,
+    copies: bool = False,
+) -> dict[str, ExpertLayer]:  # fmt: skip
     """The layer of every feed-forward whose neurons are cut into `slices` equal parts: `shared` of them always on, the
-    others one expert each, `active` of which run. E203 for numbers that do not fit, E205 for a model without any."""
+    others one expert each, `active` of which run; with `copies` each expert holds all of these others.
+
+    E203 for numbers that do not fit, E205 for a model without any."""
     if not 0 <= shared < slices:
         raise DitcompressError("E203", f"--shared {shared}", f"leaves no routed one of {slices}", "give fewer")
     if not 0 <= active <= slices - shared or shared + active == 0:
@@ -44,7 +47,8 @@ def specs_for(
             what = f"does not divide the {size} neurons of {path}"
             raise DitcompressError("E203", f"--experts {slices}", what, f"give for example {nearest}")
         width = size // slices
-        found[path] = ExpertLayer(shared * width, slices - shared, width, active, gate, offset)  # type: ignore[arg-type]
+        own = (slices - shared) * width if copies else width
+        found[path] = ExpertLayer(shared * width, slices - shared, own, active, gate, offset, copies)
     return found
 
 

@@ -9,6 +9,7 @@ runs. The teacher is the dense model, on states of its own trajectories (distill
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from ..runtime.moe import Routing, balance_loss, feed_forwards
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the losses, the router's learning rate, and whether the shared experts learn too."""
+    """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
+    losses of the layers are averaged (Dense2MoE) or added (DiT-MoE)."""
 
     output: float = 1.0
     features: float = 1.0
     balance: float = 0.01
     router_rate: float = 1e-3
     shared: bool = True
+    balance_over: Literal["mean", "sum"] = "mean"
 
 
 class Experts(Imitating):
@@ -64,7 +67,8 @@ class Experts(Imitating):
         loss = weights.output * output + weights.features * features
         if self.routings and weights.balance:
             parts = [balance_loss(r.probabilities, r.chosen) for r in self.routings]
-            loss = loss + weights.balance * torch.stack(parts).mean()
+            every = torch.stack(parts)
+            loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())
         return loss
 
     def finish(self) -> None:

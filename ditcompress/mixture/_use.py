@@ -1,8 +1,9 @@
-"""What expert layers cost and how they are used: operations of a token, share of the tokens of each expert."""
+"""What expert layers cost and how they are used: operations of a token, share of the tokens of each expert, over all
+states and by timestep and class (the analyses of DiT-MoE, section 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ..distill.data import Batch
 from ..measures import ratio_db
 from ..runtime.moe import MoEFeedForward, Routing, feed_forwards
 
+MOST_CLASSES = 32  # rows of the table by class: those that most states have
+
 
 def token_operations(layer: MoEFeedForward) -> tuple[int, int]:
     """Operations of one token, two for each multiply and add, in the dense layer and in this one with its router."""
@@ -20,44 +23,100 @@ def token_operations(layer: MoEFeedForward) -> tuple[int, int]:
         return 0 if module is None else sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
     shared, each = 2 * products(layer.shared), 2 * products(layer.experts[0])
-    return shared + len(layer.experts) * each, shared + layer.active * each + 2 * layer.router.weight.numel()
+    dense = shared + (1 if layer.copies else len(layer.experts)) * each
+    return dense, shared + layer.active * each + 2 * layer.router.weight.numel()
+
+
+class Use:
+    """Counts the choices of every layer of a model while it runs on batches; `close` takes the counters off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = feed_forwards(model)
+        self.mass = {path: torch.zeros(len(m.experts), dtype=torch.float64) for path, m in self.layers.items()}
+        self.rows: dict[str, list[Tensor]] = {path: [] for path in self.layers}  # (n, E) choices by sample
+        self.times: list[Tensor] = []
+        self.classes: list[Tensor] = []
+        self.size = 0
+        for path, layer in self.layers.items():
+            layer.seen = self._keeper(path)
+
+    def _keeper(self, path: str) -> Callable[[Routing], None]:
+        experts = len(self.mass[path])
+
+        def keep(found: Routing) -> None:
+            chosen = found.chosen.detach().reshape(self.size, -1).cpu()
+            counts = torch.zeros(self.size, experts, dtype=torch.float64)
+            self.rows[path].append(counts.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64)))
+            self.mass[path] += found.probabilities.detach().double().sum(0).cpu()
+
+        return keep
+
+    def next(self, batch: Batch) -> None:
+        """What runs from now on are the n states of `batch`."""
+        self.size = len(batch.latents)
+        self.times.append(batch.timestep.reshape(-1).expand(self.size).double().cpu())
+        labels = batch.cond.get("class_labels")
+        if labels is not None:
+            self.classes.append(labels.reshape(-1).cpu())
+
+    def close(self) -> None:
+        """Leave the layers without counters."""
+        for layer in self.layers.values():
+            layer.seen = None
+
+    def by_layer(self) -> dict[str, dict[str, Any]]:
+        """Share of the assignments of each expert, the load of the busiest and of the idlest against an even one, and
+        the balance loss (1 is even)."""
+        use = {}
+        for path in self.layers:
+            experts = len(self.mass[path])
+            share = _share(torch.cat([torch.zeros(1, experts, dtype=torch.float64), *self.rows[path]]))
+            mean = self.mass[path] / self.mass[path].sum().clamp_min(1e-20)
+            use[path] = {
+                "use": [round(float(value), 6) for value in share],
+                "busiest": float(share.max()) * experts,
+                "idlest": float(share.min()) * experts,
+                "balance": float(experts * (share * mean).sum()),
+            }
+        return use
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """ "timestep" and, of class-conditional models, "class": the `values` and, by layer, the share of every expert
+        (values, experts). Layers that never route have no rows."""
+        found = {"timestep": self._table(torch.cat(self.times), None)}
+        if self.classes:
+            found["class"] = self._table(torch.cat(self.classes), MOST_CLASSES)
+        return found
+
+    def _table(self, keys: Tensor, most: int | None) -> dict[str, Any]:
+        values, counts = keys.unique(return_counts=True)
+        if most is not None and len(values) > most:
+            values = values[counts.argsort(descending=True, stable=True)[:most]].sort().values
+        layers = {
+            path: [[round(float(x), 4) for x in _share(torch.cat(rows)[keys == value])] for value in values]
+            for path, rows in self.rows.items()
+            if rows
+        }
+        return {"values": [round(v, 4) for v in values.tolist()], "layers": layers}
+
+
+def _share(rows: Tensor) -> Tensor:
+    return rows.sum(0) / rows.sum().clamp_min(1)
 
 
 @torch.no_grad()
 def measured(
     dense: nn.Module, sparse: nn.Module, adapter: Any, batches: Sequence[Batch]
-) -> tuple[float, dict[str, dict[str, Any]]]:
-    """Output SQNR in dB (of the mean relative squared error), and per layer the share of the assignments of each
-    expert, the load of the busiest against an even one, and the balance loss (1 is even)."""
-    layers = feed_forwards(sparse)
-    counts = {path: torch.zeros(len(m.experts), dtype=torch.float64) for path, m in layers.items()}
-    mass = {path: torch.zeros(len(m.experts), dtype=torch.float64) for path, m in layers.items()}
-
-    def keep(path: str) -> Any:
-        def seen(found: Routing) -> None:
-            counts[path] += torch.bincount(found.chosen.flatten(), minlength=len(counts[path])).double().cpu()
-            mass[path] += found.probabilities.double().sum(0).cpu()
-
-        return seen
-
-    for path, layer in layers.items():
-        layer.seen = keep(path)
-    errors: list[Tensor] = []
+) -> tuple[float, dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Output SQNR in dB (of the mean relative squared error), the use of each layer's experts, and the same by timestep
+    and class (see `Use`)."""
+    use, errors = Use(sparse), []
     try:
         for batch in batches:
+            use.next(batch)
             y = adapter.predict(dense, batch.latents, batch.timestep, batch.cond).float().flatten(1)
             z = adapter.predict(sparse, batch.latents, batch.timestep, batch.cond).float().flatten(1)
             errors.append((z - y).square().sum(1) / y.square().sum(1).clamp_min(1e-20))
     finally:
-        for layer in layers.values():
-            layer.seen = None
-    use = {}
-    for path in layers:
-        share = counts[path] / counts[path].sum().clamp_min(1)
-        mean = mass[path] / mass[path].sum().clamp_min(1e-20)
-        use[path] = {
-            "use": [round(float(value), 6) for value in share],
-            "busiest": float(share.max()) * len(share),
-            "balance": float(len(share) * (share * mean).sum()),
-        }
-    return ratio_db(float(torch.cat(errors).mean())), use
+        use.close()
+    return ratio_db(float(torch.cat(errors).mean())), use.by_layer(), use.tables()

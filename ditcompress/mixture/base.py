@@ -1,7 +1,8 @@
 """What a method that splits a feed-forward is given and gives back, and the closed-form parts that methods share.
 
 A method is a module of this folder. It exports `Params`, `NEEDS` ("tokens": inputs from calibration, "importance":
-Taylor scores of the neurons) and `split(layer, params) -> Split`.
+Taylor scores of the neurons) and `split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts
+count when nothing is asked, and BALANCE_OVER ("mean", or "sum" over layers). Parameters may have `offsets` and `copies`.
 
 Shapes: T tokens, D features, H neurons, E routed experts, k of them active. The dense layer is y = W h(x) + b with
 h(x) (H,) the input of the output linear (after the activation, and after the gate of gated ones) and W (D, H).
@@ -62,8 +63,8 @@ class Split:
 
     @property
     def order(self) -> list[int]:
-        """All neurons: those of the shared expert first, then of each expert."""
-        return [int(i) for i in torch.cat([self.shared, *self.experts])]
+        """All neurons: those of the shared expert first, then of each expert; of copies each once."""
+        return list(dict.fromkeys(int(i) for i in torch.cat([self.shared, *self.experts])))
 
 
 def method_of(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .linear import PackedLinear
 
-Gate = Literal["one", "share"]
+Gate = Literal["one", "share", "norm", "softmax"]
 
 
 class Router(nn.Module):
@@ -66,19 +66,20 @@ class MoEFeedForward(nn.Module):
 
     `shared` may be None; `bias` (features,) is that of the dense output; `active` experts run for each token, any
     number up to all of them. `gate` "one": chosen experts count fully, so that with all of them active this is the
-    dense layer. "share": active * p_e / sum of the chosen p, one on average.
+    dense layer. "share": active * p_e / sum of the chosen p, one on average. "norm": p_e / sum of the chosen p, for
+    `copies`, experts that each hold the same neurons of the dense layer. "softmax": p_e as it is (DiT-MoE).
     """
 
     def __init__(
         self, shared: nn.Module | None, experts: Sequence[nn.Module], bias: Tensor | None, features: int, active: int,
-        gate: Gate = "one",
+        gate: Gate = "one", copies: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.shared = shared
         self.experts = nn.ModuleList(experts)
         self.router = Router(features, len(experts))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.active, self.gate = active, gate
+        self.active, self.gate, self.copies = active, gate, copies
         self.seen: Callable[[Routing], None] | None = None  # told of every routing: counting and the balance loss
 
     def route(self, tokens: Tensor) -> Routing:
@@ -86,8 +87,10 @@ class MoEFeedForward(nn.Module):
         probability (straight through)."""
         probabilities = self.router(tokens).softmax(-1)
         top, chosen = probabilities.topk(self.active, dim=-1)
-        if self.gate == "share":
-            gates = self.active * top / top.sum(-1, keepdim=True).clamp_min(1e-20)
+        if self.gate == "softmax":
+            gates = top
+        elif self.gate != "one":
+            gates = top / top.sum(-1, keepdim=True).clamp_min(1e-20) * (self.active if self.gate == "share" else 1)
         else:
             gates = torch.ones_like(top)
             if torch.is_grad_enabled() and top.requires_grad:

@@ -25,7 +25,7 @@ from ditcompress.runtime.moe import MoEFeedForward, feed_forwards
 from tests.test_loading import IMPORTS, LOAD, fresh
 
 FEW = ("calibration.samples=4", "calibration.steps=5", "probe=1", "training.images=4", "training.sample_steps=4",
-       "training.batch=4", "scoring=2")  # fmt: skip
+       "training.batch=4", "scoring=2", "images=2")  # fmt: skip
 
 
 def predicted(folder: Path, **options: Any) -> torch.Tensor:

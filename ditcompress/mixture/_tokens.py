@@ -1,0 +1,72 @@
+"""Which expert every token of sampled images went to: what the page colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibration.conditions import Conditions
+from ..calibration.trajectory import Sampling, StepRecord, sample
+from ..runtime.moe import Routing, feed_forwards
+
+LAYERS = 3  # shown: the first, the middle and the last
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Samples (n, channels, height, width) of a model with expert layers, and the first choice of every token
+    (n, rows, columns) by layer and timestep."""
+
+    images: Tensor
+    choices: Mapping[str, Mapping[float, Tensor]]
+
+
+def grid(tokens: int, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of `tokens` patches of a latent (channels, height, width); None where they are no such grid."""
+    if len(shape) != 3:
+        return None
+    rows = round((tokens * shape[1] / shape[2]) ** 0.5)
+    fits = rows > 0 and tokens % rows == 0 and shape[1] % rows == 0 and shape[2] % (tokens // rows) == 0
+    return (rows, tokens // rows) if fits else None
+
+
+def followed(
+    model: nn.Module, adapter: ModuleType, config: Mapping[str, Any], scheduler: Any, conditions: Conditions,
+    sampling: Sampling, count: int,
+) -> Tokens | None:  # fmt: skip
+    """Sample `count` images; None where no layer routes tokens that form a grid. Of a guided pass the conditional half
+    counts; the first, middle and last step are kept."""
+    layers = feed_forwards(model)
+    shape = tuple(adapter.latent_shape(config))
+    last: dict[str, Tensor] = {}
+    kept: dict[str, dict[float, Tensor]] = {}
+    steps = {0, sampling.steps // 2, sampling.steps - 1}
+
+    def keeper(path: str) -> Callable[[Routing], None]:
+        return lambda found: last.__setitem__(path, found.chosen[:, 0].detach().cpu())
+
+    def step(record: StepRecord) -> None:
+        passes = 1 if record.null_output is None else 2
+        for path, chosen in last.items():
+            own = chosen.reshape(passes, len(record.latents), -1)[0]
+            place = grid(own.shape[1], shape)
+            if record.index in steps and place is not None and own.shape[1] > 1:
+                kept.setdefault(path, {})[float(record.timestep.flatten()[0])] = own.reshape(len(own), *place)
+
+    for path, layer in layers.items():
+        layer.seen = keeper(path)
+    one_pass = Sampling(sampling.steps, sampling.guidance, sampling.seed, batch=count)
+    try:
+        images = sample(model, adapter, config, scheduler, conditions, one_pass, indices=range(count), on_step=step)
+    finally:
+        for layer in layers.values():
+            layer.seen = None
+    paths = list(kept)
+    shown = (
+        dict.fromkeys(paths[round(i * (len(paths) - 1) / max(1, LAYERS - 1))] for i in range(LAYERS)) if paths else {}
+    )
+    return Tokens(images, {path: kept[path] for path in shown}) if shown else None
