@@ -212,7 +212,7 @@ def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal
     """Train the expert layers of `sparse` in place; the losses."""
     wanted = job.settings.training
     data = _states(job, by, 7919, images=wanted.images)
-    over = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
+    over: Any = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
     weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared, over)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)

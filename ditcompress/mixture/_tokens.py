@@ -66,7 +66,5 @@ def followed(
         for layer in layers.values():
             layer.seen = None
     paths = list(kept)
-    shown = (
-        dict.fromkeys(paths[round(i * (len(paths) - 1) / max(1, LAYERS - 1))] for i in range(LAYERS)) if paths else {}
-    )
-    return Tokens(images, {path: kept[path] for path in shown}) if shown else None
+    places = sorted({round(i * (len(paths) - 1) / (LAYERS - 1)) for i in range(LAYERS)}) if paths else []
+    return Tokens(images, {paths[i]: kept[paths[i]] for i in places}) if places else None

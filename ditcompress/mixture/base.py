@@ -2,7 +2,8 @@
 
 A method is a module of this folder. It exports `Params`, `NEEDS` ("tokens": inputs from calibration, "importance":
 Taylor scores of the neurons) and `split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts
-count when nothing is asked, and BALANCE_OVER ("mean", or "sum" over layers). Parameters may have `offsets` and `copies`.
+count when nothing is asked, and BALANCE_OVER ("mean", or "sum" over layers). `offsets` and `copies` of the
+parameters go into the layer's entry.
 
 Shapes: T tokens, D features, H neurons, E routed experts, k of them active. The dense layer is y = W h(x) + b with
 h(x) (H,) the input of the output linear (after the activation, and after the gate of gated ones) and W (D, H).
