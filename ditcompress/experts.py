@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import DitcompressError
 from .models import adapter_for
 from .models.base import Layout
-from .runtime.moe import Gate, MoEFeedForward
+from .runtime.moe import Choice, Gate, MoEFeedForward, Router
 from .runtime.scheme import WHERE, Strict, refuse
 from .structure import expert_modules, feed_forward_path, readers, writers
 
@@ -31,13 +31,15 @@ class _Fields(Strict):
     gate: Gate = "one"
     offset: bool = False
     copies: bool = False
+    choice: Choice = "token"
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
     """One entry of `quantization_config.experts`: neurons of the shared expert, number of routed experts, neurons of
     each, how many run for a token, the gate, whether experts carry an output bias of their own (minus the mean that
-    the layer's bias already holds), and whether all of them started from the same neurons (`copies`)."""
+    the layer's bias already holds), and whether all of them started from the same neurons (`copies`).
+    `choice`: whether tokens choose experts or experts tokens."""
 
     shared: int
     experts: int
@@ -46,6 +48,7 @@ class ExpertLayer:
     gate: Gate = "one"
     offset: bool = False
     copies: bool = False
+    choice: Choice = "token"
 
     @staticmethod
     def from_json(value: Any, where: str) -> ExpertLayer:
@@ -136,7 +139,7 @@ def build(
             zero = torch.zeros(out.out_features, dtype=weight.dtype, device=weight.device)
             expert.get_submodule(inner).bias = nn.Parameter(zero, requires_grad=False)  # type: ignore[assignment]
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
-    made = MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate, spec.copies)
+    made = MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate, spec.copies, spec.choice)
     return made.to(weight.device)
 
 
@@ -166,10 +169,10 @@ def apply_experts(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> None:
 def router_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Full name and dtype of every tensor of the routers, which no cast may reach."""
     return {
-        f"{path}.router.{name}": torch.float32
+        f"{path}.{name}": torch.float32
         for path, module in model.named_modules()
-        if isinstance(module, MoEFeedForward)
-        for name in module.router.STORED
+        if isinstance(module, Router)
+        for name in module.STORED
     }
 
 

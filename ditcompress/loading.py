@@ -31,6 +31,7 @@ from .console import Reporter
 from .errors import DitcompressError
 from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import adapter_for, build_meta, class_of
+from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
 from .sharing import apply_shared, copies_of, stored_once
@@ -53,6 +54,7 @@ class _Fields(Strict):
     shapes: dict[str, int] = Field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     shared: dict[str, str] = Field(default_factory=dict)
+    routed: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -71,6 +73,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         recipe: str = "",
         experts: Mapping[str, Any] | None = None,
         shared: Mapping[str, str] | None = None,
+        routed: Mapping[str, Any] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -80,7 +83,12 @@ class DitcompressConfig(QuantizationConfigMixin):
             )
         try:
             given = {"recipe": recipe, "schemes": schemes, "layers": layers, **unknown}
-            optional = {"shapes": shapes or {}, "experts": experts or {}, "shared": shared or {}}
+            optional = {
+                "shapes": shapes or {},
+                "experts": experts or {},
+                "shared": shared or {},
+                "routed": routed or {},
+            }
             fields = _Fields.model_validate({**given, **optional})
         except ValidationError as error:
             raise refuse(WHERE, error) from None
@@ -88,6 +96,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         self.version, self.recipe = version, fields.recipe
         self.schemes, self.layers = fields.schemes, fields.layers
         self.shapes, self.experts, self.shared = fields.shapes, fields.experts, fields.shared
+        self.routed = fields.routed
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -113,7 +122,7 @@ class DitcompressConfig(QuantizationConfigMixin):
 
     def structure(self) -> dict[str, Any]:
         """The entries that say how the model differs from its class before any weight is compressed."""
-        entries = {"shapes": self.shapes, "experts": self.experts, "shared": self.shared}
+        entries = {"shapes": self.shapes, "experts": self.experts, "routed": self.routed, "shared": self.shared}
         return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
@@ -133,6 +142,10 @@ class DitcompressConfig(QuantizationConfigMixin):
     def expert_layers(self) -> dict[str, ExpertLayer]:
         """The expert layers by path; E320 when an entry is not valid."""
         return {path: ExpertLayer.from_json(value, f"{WHERE}.experts.{path}") for path, value in self.experts.items()}
+
+    def routed_parts(self) -> dict[str, RoutedPart]:
+        """Routed blocks and attentions by path; E320 when an entry is not valid."""
+        return {path: RoutedPart.from_json(value, f"{WHERE}.routed.{path}") for path, value in self.routed.items()}
 
 
 class DitcompressQuantizer(DiffusersQuantizer):
@@ -164,7 +177,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
-            check_expert_names(model, config.experts, self.present)
+            check_expert_names(model, [*config.experts, *routed_paths(config.routed_parts())], self.present)
             _compare_names(set(), {*self.present} - {*stored_once(self.present, config.shared)})
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -324,6 +337,7 @@ def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
     """Give a plain model the modules that `config` describes."""
     apply_shapes(model, config.shapes)
     apply_experts(model, config.expert_layers())
+    apply_routed(model, config.routed_parts())
     apply_schemes(model, config.layer_schemes())
     apply_shared(model, config.shared)
 
@@ -336,6 +350,7 @@ def plain_model(config: Mapping[str, Any]) -> nn.Module:
     if layers is not None:
         apply_shapes(model, layers.shapes)
         apply_experts(model, layers.expert_layers())
+        apply_routed(model, layers.routed_parts())
     return model
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,25 +22,34 @@ from ..distill.data import Trajectories
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..evaluation.vae import decode, load_vae
-from ..experts import ExpertLayer, convertible, left_dense
+from ..experts import ExpertLayer, convertible, left_dense, router_dtypes
 from ..loading import open_model
 from ..mixture import (
     Experts,
+    Numbers,
     Weights,
+    begin_blocks,
+    block_groups,
     convert,
     followed,
+    head_importance,
+    linear_operations,
     measured,
     method_of,
     neuron_importance,
     params_of,
     registry,
+    seed_of,
     specs_for,
 )
 from ..models import adapter_for
 from ..models.base import Layout
 from ..report.experts import Coloured, page
+from ..routed import apply_routed, routable_attentions
+from ..runtime.blocks import BlockRouter
+from ..runtime.moe import Routed
 from ..structure import writers
-from ._experts import ExpertSettings, card, facts_of, settings_from
+from ._experts import ExpertSettings, Plan, card, facts_of, settings_from
 from ._training import Driven, driven
 from .calibration import cached_statistics, pick_device, pick_dtype, settings_of
 from .compress import copy_scheduler
@@ -56,7 +66,9 @@ class _Job:
     method: ModuleType
     params: Any
     settings: ExpertSettings
-    specs: dict[str, ExpertLayer]
+    numbers: Numbers
+    blocks_active: float | None
+    plan: Plan
     distill: int
     conditions: str | Path | None
     scheduler: str | Path | None
@@ -75,9 +87,10 @@ def moe(
     path: str | Path,
     out: str | Path | None = None,
     *,
-    experts: int = 8,
-    active: int = 2,
-    shared: int = 1,
+    experts: int | None = None,
+    active: int | None = None,
+    shared: int | None = None,
+    blocks_active: float | None = None,
     method: str = "moe-best",
     distill_steps: int = 0,
     overrides: Sequence[str] = (),
@@ -91,11 +104,13 @@ def moe(
     dry_run: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write `path` to the folder `out` with every feed-forward cut into `experts` equal parts: `shared` of them always
-    on, the others routed, `active` of which run for a token. Returns what moe.json holds.
+    """Write `path` to the folder `out` with every feed-forward cut into `experts` equal parts (8): `shared` of them (1)
+    always on, the others routed, `active` of which (2) run for a token. Other methods route heads or blocks and have
+    numbers of their own (docs/moe.md). Returns what moe.json holds.
 
-    `method` splits and routes without training; `distill_steps` then trains routers and experts against the dense
-    model. E203 for numbers that do not fit, E205 for a model without feed-forwards that are modules of their own.
+    `blocks_active`: the share of the blocks that run, each sample choosing its own. `method` splits and routes without
+    training; `distill_steps` then trains routers and experts against the dense model. E203 for numbers that do not
+    fit, E205 for a model without the parts that the method routes.
     """
     reporter = reporter or Silent()
     checkpoint, meta = open_model(Path(path), allow_compressed=False)
@@ -106,27 +121,50 @@ def moe(
     chosen, settings = method_of(method), settings_from(overrides, distill_steps)
     params = params_of(chosen, settings.method)
     layout = adapter_for(checkpoint.config).layout(meta)
-    offset, copies = (bool(getattr(params, name, False)) for name in ("offsets", "copies"))
-    gate = settings.gate or getattr(chosen, "gate", lambda _: "one")(params)
-    specs = specs_for(meta, layout, experts, shared, active, gate, offset, copies)
-    left = left_dense(meta, layout)
+    own: Numbers = getattr(chosen, "NUMBERS", Numbers())
+    given = {"experts": experts, "shared": shared, "active": active}
+    numbers = dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+    share = blocks_active if blocks_active is not None else getattr(chosen, "BLOCKS_ACTIVE", None)
+    plan = _plan(meta, layout, chosen, params, settings, numbers, share, {})
+    left = left_dense(meta, layout) if plan.specs else []
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
     pick_device(device), pick_dtype(dtype)
     if dry_run:
-        layers = {name: spec.to_json() for name, spec in specs.items()}
-        share = sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values())
-        return {"method": method, "active_neurons": share, "layers": layers, "left_dense": left, "written": False}
+        flops = dict(zip(("dense", "active"), linear_operations(layout, plan.specs, plan.routed), strict=True))
+        return {"method": method, "active_neurons": plan.active_neurons(), "block_linear_flops_per_token": flops,
+                "layers": plan.to_json(), "left_dense": left, "written": False}  # fmt: skip
     target = Path(out) if out else Path(path).with_name(f"{Path(path).name.removesuffix('.safetensors')}-moe")
-    job = _Job(Path(path), target, chosen, params, settings, specs, distill_steps, conditions, scheduler, seed, device,
-               dtype, restart, reporter)  # fmt: skip
+    job = _Job(Path(path), target, chosen, params, settings, numbers, share, plan, distill_steps,
+               conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
     return _write(job, checkpoint, layout, left, overwrite)
+
+
+def _plan(
+    model: nn.Module, layout: Layout, method: ModuleType, params: Any, settings: ExpertSettings, numbers: Numbers,
+    blocks_active: float | None, importance: Mapping[str, Tensor],
+) -> Plan:  # fmt: skip
+    """What the method makes of a model; without `importance` heads are taken in their order."""
+    specs: dict[str, ExpertLayer] = {}
+    if hasattr(method, "split"):
+        offset, copies = (bool(getattr(params, name, False)) for name in ("offsets", "copies"))
+        gate = settings.gate or getattr(method, "gate", lambda _: "one")(params)
+        three = (numbers.experts or 0, numbers.shared or 0, numbers.active or 0)
+        specs = specs_for(model, layout, *three, gate, offset, copies, getattr(params, "choice", "token"))
+    routed = method.routed(model, layout, numbers, params, importance) if hasattr(method, "routed") else {}
+    if blocks_active is not None:
+        groups = block_groups(model, layout, blocks_active, settings.group, settings.alpha)
+        if set(groups) & set(routed):
+            what = "this method surrounds every block"
+            raise DitcompressError("E203", f"--blocks-active {blocks_active:g}", what, "leave it out")
+        routed = {**routed, **groups}
+    return Plan(specs, routed)
 
 
 def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], overwrite: bool) -> dict[str, Any]:
     marks = {"model": checkpoint.fingerprint, "method": job.name, "params": job.params.model_dump(mode="json"),
              "settings": job.settings.model_dump(mode="json"), "seed": job.seed, "torch": torch.__version__,
-             "distill": job.distill, "layers": {n: s.to_json() for n, s in job.specs.items()}}  # fmt: skip
+             "distill": job.distill, "layers": job.plan.to_json()}  # fmt: skip
     manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
                 "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
     with output_folder(
@@ -137,16 +175,16 @@ def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], o
         by = driven(
             checkpoint, job.settings.calibration, job.conditions, job.scheduler, job.seed, job.device, job.reporter
         )
-        sparse, losses = _converted(job, checkpoint, layout, by, journal)
+        sparse, plan, trained, losses = _converted(job, checkpoint, layout, by, journal)
         probe = _states(job, by, 104_729, images=32)
         batches = [probe.batch(n, PROBE_SIZE) for n in range(job.settings.probe)]
         sqnr, use, routing = measured(by.model, sparse, by.adapter, batches)
-        facts = {**facts_of(by.model, sparse, job.specs, job.name, sqnr, use, routing, left), "seed": job.seed,
+        facts = {**facts_of(by.model, sparse, layout, plan, job.name, sqnr, use, routing, left), "seed": job.seed,
                  "states": len(batches) * PROBE_SIZE, "conditions": by.conditions.source}  # fmt: skip
         if losses:
             tail = losses[-20:]
             facts["distilled"] = {"steps": len(losses), "first": losses[0], "last": sum(tail) / len(tail)}
-        _write_folder(job, checkpoint, sparse, facts, partial)
+        _write_folder(job, checkpoint, sparse, plan, trained, facts, partial)
         (partial / PAGE).write_text(page(facts, _coloured(job, checkpoint, by, sparse)), encoding="utf-8")
         checkpoint.verify_unchanged()
     remove_work(journal)
@@ -180,8 +218,8 @@ def _coloured(job: _Job, checkpoint: Checkpoint, by: Driven, sparse: nn.Module) 
 
 def _converted(
     job: _Job, checkpoint: Checkpoint, layout: Layout, by: Driven, journal: Path | None
-) -> tuple[nn.Module, tuple[float, ...]]:
-    """The model with expert layers, and the losses of its training."""
+) -> tuple[nn.Module, Plan, set[str], tuple[float, ...]]:
+    """The model with its routed parts, these, the names of its trained tensors, and the losses of the training."""
     axes, needs = convertible(by.model, layout), job.method.NEEDS
     tokens: dict[str, Tensor] = {}
     if "tokens" in needs:
@@ -194,53 +232,82 @@ def _converted(
         if not all(len(rows) for rows in tokens.values()):
             raise DitcompressError("E331", "calibration", "kept no tokens", "raise calibration.reservoir")
     importance: dict[str, Tensor] = {}
-    if "importance" in needs:
-        importance = neuron_importance(
-            by.model, layout, axes, _states(job, by, 15_485_863, images=32), batches=job.settings.scoring,
-            size=IMPORTANCE_SIZE, seed=job.seed,
-        )  # fmt: skip
+    for need, score, wanted in (
+        ("importance", neuron_importance, axes),
+        ("heads", head_importance, routable_attentions(by.model, layout) if "heads" in needs else {}),
+    ):
+        if need in needs:
+            states = _states(job, by, 15_485_863, images=32)
+            batches = job.settings.scoring
+            importance |= score(
+                by.model, layout, wanted, states, batches=batches, size=IMPORTANCE_SIZE, seed=job.seed
+            )  # fmt: skip
+    plan = _plan(by.model, layout, job.method, job.params, job.settings, job.numbers, job.blocks_active, importance)
     parts = convert(
-        by.model, layout, job.specs, job.method, job.params, tokens, importance, seed=job.seed, reporter=job.reporter
+        by.model, layout, plan.specs, job.method, job.params, tokens, importance, seed=job.seed, reporter=job.reporter
     )
     sparse = copy.deepcopy(by.model)
+    _begun(job, apply_routed(sparse, plan.routed))
     for path, part in parts.items():
         sparse.set_submodule(path, part)
-    return sparse, _distilled(job, layout, by, sparse, journal) if job.distill else ()
+    trained, losses = _distilled(job, layout, by, sparse, plan, journal) if job.distill else (set(), ())
+    return sparse, plan, trained, losses
 
 
-def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal: Path | None) -> tuple[float, ...]:
-    """Train the expert layers of `sparse` in place; the losses."""
+@torch.no_grad()
+def _begun(job: _Job, parts: Mapping[str, Routed]) -> None:
+    """Start the routers of attentions and blocks."""
+    for path, part in parts.items():
+        generator = torch.Generator().manual_seed(seed_of(job.seed, path))
+        if isinstance(part, BlockRouter):
+            begin_blocks(part, generator)
+        else:
+            job.method.begin(part, job.params, generator)
+
+
+def _distilled(
+    job: _Job, layout: Layout, by: Driven, sparse: nn.Module, plan: Plan, journal: Path | None
+) -> tuple[set[str], tuple[float, ...]]:
+    """Train the routed parts of `sparse` in place; the names of the trained tensors and the losses."""
     wanted = job.settings.training
     data = _states(job, by, 7919, images=wanted.images)
     over: Any = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
-    weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared, over)
+    weights = Weights(
+        wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared, over, wanted.prior
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        task = Experts(by.model, sparse, layout, data, weights, wanted.batch)
+        task = Experts(by.model, sparse, layout, data, weights, wanted.batch, plan.routed)
         history = train(task, wanted, journal=journal, reporter=job.reporter)
     task.finish()
-    return history.losses
+    return set(task.parameters()), history.losses
 
 
-def _write_folder(job: _Job, checkpoint: Checkpoint, sparse: nn.Module, facts: dict[str, Any], partial: Path) -> None:
+def _write_folder(
+    job: _Job, checkpoint: Checkpoint, sparse: nn.Module, plan: Plan, trained: set[str], facts: dict[str, Any],
+    partial: Path,
+) -> None:  # fmt: skip
     """Weights in the dtypes of the original (routers in float32), config.json, moe.json, scheduler and card."""
     folder = partial / (checkpoint.component if checkpoint.pipeline else "")
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder)
     state = sparse.state_dict()
-    dense = {path: _dtype_inside(checkpoint, path) for path in job.specs}
+    dense = {path: _dtype_inside(checkpoint, path) for path in (*plan.specs, *plan.routed)}
+    routers = router_dtypes(sparse)
     for name in sorted(state):
-        inside = next((path for path in job.specs if name.startswith(f"{path}.")), None)
-        if inside is None:
+        inside = next((path for path in dense if name.startswith(f"{path}.") and name not in checkpoint.tensors), None)
+        if inside is None and name not in trained:
             writer.add(name, checkpoint.read(name))
-        else:
-            exact = name.startswith(f"{inside}.router.") or state[name].dim() == 1  # sums of offsets, and few bytes
-            dtype = torch.float32 if exact else dense[inside]
-            writer.add(name, state[name].detach().to("cpu", dtype).contiguous())
+            continue
+        dtype = checkpoint.tensors[name].dtype if inside is None else dense[inside]
+        if name in routers or (inside in plan.specs and state[name].dim() == 1):  # sums of offsets, and few bytes
+            dtype = torch.float32
+        writer.add(name, state[name].detach().to("cpu", dtype).contiguous())
     facts["bytes"] = sum(file.stat().st_size for file in writer.finish())
     facts["original_bytes"] = checkpoint.total_bytes
     entry = {"quant_method": "ditcompress", "version": 1, "recipe": f"moe {job.name}", "schemes": {}, "layers": {},
-             "experts": {path: spec.to_json() for path, spec in job.specs.items()}}  # fmt: skip
+             "experts": {path: spec.to_json() for path, spec in plan.specs.items()},
+             "routed": {path: part.model_dump(mode="json") for path, part in plan.routed.items()}}  # fmt: skip
     text = json.dumps({**checkpoint.config, "quantization_config": entry}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
     (partial / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..calibration.conditions import Conditions
 from ..calibration.trajectory import Sampling, StepRecord, sample
-from ..runtime.moe import Routing, feed_forwards
+from ..runtime.heads import HeadRouter
+from ..runtime.moe import MoEFeedForward, Routing, routed_parts
 
 LAYERS = 3  # shown: the first, the middle and the last
 
@@ -40,14 +41,15 @@ def followed(
 ) -> Tokens | None:  # fmt: skip
     """Sample `count` images; None where no layer routes tokens that form a grid. Of a guided pass the conditional half
     counts; the first, middle and last step are kept."""
-    layers = feed_forwards(model)
+    routed = routed_parts(model)
+    layers = {p: m for p, m in routed.items() if isinstance(m, (MoEFeedForward, HeadRouter)) and m.active}
     shape = tuple(adapter.latent_shape(config))
     last: dict[str, Tensor] = {}
     kept: dict[str, dict[float, Tensor]] = {}
     steps = {0, sampling.steps // 2, sampling.steps - 1}
 
     def keeper(path: str) -> Callable[[Routing], None]:
-        return lambda found: last.__setitem__(path, found.chosen[:, 0].detach().cpu())
+        return lambda found: last.__setitem__(path, found.chosen[:, 0].detach().clamp_min(0).cpu())
 
     def step(record: StepRecord) -> None:
         passes = 1 if record.null_output is None else 2

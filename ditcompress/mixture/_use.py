@@ -3,15 +3,18 @@ states and by timestep and class (the analyses of DiT-MoE, section 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distill.data import Batch
+from ..experts import ExpertLayer
 from ..measures import ratio_db
-from ..runtime.moe import MoEFeedForward, Routing, feed_forwards
+from ..models.base import Layout
+from ..routed import RoutedPart, width_of
+from ..runtime.moe import MoEFeedForward, Routing, routed_parts
 
 MOST_CLASSES = 32  # rows of the table by class: those that most states have
 
@@ -27,13 +30,42 @@ def token_operations(layer: MoEFeedForward) -> tuple[int, int]:
     return dense, shared + layer.active * each + 2 * layer.router.weight.numel()
 
 
+def linear_operations(
+    layout: Layout, specs: Mapping[str, ExpertLayer], routed: Mapping[str, RoutedPart]
+) -> tuple[int, int]:
+    """Operations of the blocks' linears for one token, before and after, on average over the routing and without the
+    routers' own; `layout` is the dense model's. The products of the attention itself are not counted."""
+    runs = dict.fromkeys(layout.blocks, 1.0)
+    kept = {f"{path}.": spec.active_neurons / spec.neurons for path, spec in specs.items()}
+    extra = 0.0
+    for path, part in routed.items():
+        if part.kind == "blocks":
+            owner, _, first = path.rpartition(".")
+            runs |= {f"{owner}.{int(first) + n}": part.active / part.count for n in range(part.count)}
+        elif part.kind == "groups":
+            kept[f"{path}."] = part.active / part.count
+        elif part.kind == "heads":
+            kept[f"{path}.to_out."] = (len(part.shared) + part.active) / (len(part.shared) + part.count)
+        else:
+            extra += 2 * part.active * width_of(layout, path) ** 2
+    dense = active = 0.0
+    for site in layout.sites:
+        if site.block:
+            operations = 2 * site.in_features * site.out_features
+            share = next((value for prefix, value in kept.items() if site.name.startswith(prefix)), 1.0)
+            dense += operations
+            active += operations * share * runs[site.block]
+    return round(dense), round(active + extra)
+
+
 class Use:
     """Counts the choices of every layer of a model while it runs on batches; `close` takes the counters off."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = feed_forwards(model)
-        self.mass = {path: torch.zeros(len(m.experts), dtype=torch.float64) for path, m in self.layers.items()}
+        self.layers = routed_parts(model)
+        self.mass = {path: torch.zeros(m.count, dtype=torch.float64) for path, m in self.layers.items()}
         self.rows: dict[str, list[Tensor]] = {path: [] for path in self.layers}  # (n, E) choices by sample
+        self.none, self.tokens = dict.fromkeys(self.layers, 0), dict.fromkeys(self.layers, 0)
         self.times: list[Tensor] = []
         self.classes: list[Tensor] = []
         self.size = 0
@@ -45,8 +77,11 @@ class Use:
 
         def keep(found: Routing) -> None:
             chosen = found.chosen.detach().reshape(self.size, -1).cpu()
-            counts = torch.zeros(self.size, experts, dtype=torch.float64)
-            self.rows[path].append(counts.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64)))
+            counts = torch.zeros(self.size, experts + 1, dtype=torch.float64)  # the last column: no expert
+            counts.scatter_add_(1, chosen % (experts + 1), torch.ones(chosen.shape, dtype=torch.float64))
+            self.rows[path].append(counts[:, :experts])
+            self.none[path] += int((found.chosen < 0).all(-1).sum())
+            self.tokens[path] += len(found.chosen)
             self.mass[path] += found.probabilities.detach().double().sum(0).cpu()
 
         return keep
@@ -65,8 +100,8 @@ class Use:
             layer.seen = None
 
     def by_layer(self) -> dict[str, dict[str, Any]]:
-        """Share of the assignments of each expert, the load of the busiest and of the idlest against an even one, and
-        the balance loss (1 is even)."""
+        """Share of the assignments of each expert, the load of the busiest and of the idlest against an even one, the
+        balance loss (1 is even), and the share of tokens that no expert took."""
         use = {}
         for path in self.layers:
             experts = len(self.mass[path])
@@ -77,6 +112,7 @@ class Use:
                 "busiest": float(share.max()) * experts,
                 "idlest": float(share.min()) * experts,
                 "balance": float(experts * (share * mean).sum()),
+                "without": self.none[path] / max(1, self.tokens[path]),
             }
         return use
 
