@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,7 +97,7 @@ def facts_of(
     dense: nn.Module, sparse: nn.Module, layout: Layout, plan: Plan, method: str, sqnr: float,
     use: Mapping[str, Mapping[str, Any]], routing: Mapping[str, Any], left: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What moe.json holds: parameters counted from the modules, operations of one token in the converted feed-forwards
+    """What moe.json holds (an SQNR of None: identical): parameters counted from the modules, operations of one token in the converted feed-forwards
     and in the blocks' linears, the use of the experts by layer, and by timestep and class."""
     operations = [token_operations(layer) for layer in feed_forwards(sparse).values()]
     before, after = (sum(column) for column in zip(*operations, strict=True)) if operations else (0, 0)
@@ -105,7 +106,7 @@ def facts_of(
     layers = plan.to_json()
     return {
         "method": method,
-        "sqnr_db": sqnr,
+        "sqnr_db": sqnr if math.isfinite(sqnr) else None,
         "parameters": {
             "dense": sum(p.numel() for p in dense.parameters()), "total": total,
             "active": round(total - idle_parameters(sparse) - idle_in_blocks(sparse)),

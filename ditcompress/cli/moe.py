@@ -93,7 +93,10 @@ def _show(facts: dict[str, Any]) -> None:
         ["parameters a token meets", f"{parameters['active']:,}"],
         ["operations of a token in the blocks' linears, dense", f"{flops['dense']:,}"],
         ["operations of a token there, now", f"{flops['active']:,} ({flops['active'] / flops['dense']:.1%})"],
-        [f"output SQNR on {facts['states']} states", f"{facts['sqnr_db']:.2f} dB"],
+        [
+            f"output SQNR on {facts['states']} states",
+            "identical" if facts["sqnr_db"] is None else f"{facts['sqnr_db']:.2f} dB",
+        ],
         ["bytes", f"{size(facts['original_bytes'])} -> {size(facts['bytes'])}"],
     ]
     if "distilled" in facts:
