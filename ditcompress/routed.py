@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from diffusers.models.attention_processor import Attention
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
@@ -170,7 +169,8 @@ def _masked(model: nn.Module, layout: Layout, path: str, part: RoutedPart, times
 
 
 def _of_dit(block: nn.Module, given: dict[str, Any]) -> Tensor:
-    return block.norm1.emb(given["timestep"], given["class_labels"], hidden_dtype=torch.float32)  # type: ignore[no-any-return, union-attr, operator]
+    embed: Any = block.norm1.emb  # type: ignore[union-attr]
+    return embed(given["timestep"], given["class_labels"], hidden_dtype=given["hidden_states"].dtype)  # type: ignore[no-any-return]
 
 
 def _named(name: str) -> Embedding:

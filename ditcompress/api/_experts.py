@@ -24,7 +24,8 @@ from ..runtime.moe import Gate, feed_forwards, idle_parameters, router_parameter
 class ExpertTraining(Training):
     """The trainer's fields and: `balance` weighs the load-balance loss (Dense2MoE: 0.01), `router_rate` is the router's
     learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
-    averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of switch-dit."""
+    averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of
+    switch-dit, `task` that of real data."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
@@ -33,6 +34,7 @@ class ExpertTraining(Training):
     shared: bool = True
     balance_over: Literal["mean", "sum"] | None = None
     prior: float = Field(1.0, ge=0)
+    task: float = Field(1.0, ge=0)
 
 
 class ExpertSettings(BaseModel):
@@ -97,8 +99,8 @@ def facts_of(
     dense: nn.Module, sparse: nn.Module, layout: Layout, plan: Plan, method: str, sqnr: float,
     use: Mapping[str, Mapping[str, Any]], routing: Mapping[str, Any], left: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What moe.json holds (an SQNR of None: identical): parameters counted from the modules, operations of one token in the converted feed-forwards
-    and in the blocks' linears, the use of the experts by layer, and by timestep and class."""
+    """What moe.json holds (an SQNR of None: identical): parameters counted from the modules, operations of one token in
+    the converted feed-forwards and in the blocks' linears, the use of the experts by layer, timestep and class."""
     operations = [token_operations(layer) for layer in feed_forwards(sparse).values()]
     before, after = (sum(column) for column in zip(*operations, strict=True)) if operations else (0, 0)
     linears = linear_operations(layout, plan.specs, plan.routed)

@@ -18,7 +18,8 @@ from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
-from ..distill.data import Trajectories
+from ..distill.data import Data, Trajectories
+from ..distill.latents import Latents
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..evaluation.vae import decode, load_vae
@@ -50,6 +51,7 @@ from ..runtime.blocks import BlockRouter
 from ..runtime.moe import Routed
 from ..structure import writers
 from ._experts import ExpertSettings, Plan, card, facts_of, settings_from
+from ._images import encoded, is_images, listing
 from ._training import Driven, driven
 from .calibration import cached_statistics, pick_device, pick_dtype, settings_of
 from .compress import copy_scheduler
@@ -70,6 +72,7 @@ class _Job:
     blocks_active: float | None
     plan: Plan
     distill: int
+    data: Path | None
     conditions: str | Path | None
     scheduler: str | Path | None
     seed: int
@@ -93,6 +96,7 @@ def moe(
     blocks_active: float | None = None,
     method: str = "moe-best",
     distill_steps: int = 0,
+    data: str | Path | None = None,
     overrides: Sequence[str] = (),
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
@@ -109,8 +113,9 @@ def moe(
     numbers of their own (docs/moe.md). Returns what moe.json holds.
 
     `blocks_active`: the share of the blocks that run, each sample choosing its own. `method` splits and routes without
-    training; `distill_steps` then trains routers and experts against the dense model. E203 for numbers that do not
-    fit, E205 for a model without the parts that the method routes.
+    training; `distill_steps` then trains routers and experts against the dense model, on states of its own or on `data`
+    (images or cached latents, whose diffusion loss is added). E203 for numbers that do not fit, E205 for a model
+    without the parts that the method routes.
     """
     reporter = reporter or Silent()
     checkpoint, meta = open_model(Path(path), allow_compressed=False)
@@ -129,13 +134,16 @@ def moe(
     left = left_dense(meta, layout) if plan.specs else []
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
+    files = Path(data) if data else None
+    if files is not None and not distill_steps:
+        raise DitcompressError("E203", "--data", "without --distill-steps nothing is trained", "give both")
     pick_device(device), pick_dtype(dtype)
     if dry_run:
         flops = dict(zip(("dense", "active"), linear_operations(layout, plan.specs, plan.routed), strict=True))
         return {"method": method, "active_neurons": plan.active_neurons(), "block_linear_flops_per_token": flops,
                 "layers": plan.to_json(), "left_dense": left, "written": False}  # fmt: skip
     target = Path(out) if out else Path(path).with_name(f"{Path(path).name.removesuffix('.safetensors')}-moe")
-    job = _Job(Path(path), target, chosen, params, settings, numbers, share, plan, distill_steps,
+    job = _Job(Path(path), target, chosen, params, settings, numbers, share, plan, distill_steps, files,
                conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
     return _write(job, checkpoint, layout, left, overwrite)
 
@@ -164,7 +172,8 @@ def _plan(
 def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], overwrite: bool) -> dict[str, Any]:
     marks = {"model": checkpoint.fingerprint, "method": job.name, "params": job.params.model_dump(mode="json"),
              "settings": job.settings.model_dump(mode="json"), "seed": job.seed, "torch": torch.__version__,
-             "distill": job.distill, "layers": job.plan.to_json()}  # fmt: skip
+             "distill": job.distill, "layers": job.plan.to_json(),
+             "data": None if job.data is None else listing(job.data)}  # fmt: skip
     manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
                 "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
     with output_folder(
@@ -250,7 +259,7 @@ def _converted(
     _begun(job, apply_routed(sparse, plan.routed))
     for path, part in parts.items():
         sparse.set_submodule(path, part)
-    trained, losses = _distilled(job, layout, by, sparse, plan, journal) if job.distill else (set(), ())
+    trained, losses = _distilled(job, checkpoint, layout, by, sparse, plan, journal) if job.distill else (set(), ())
     return sparse, plan, trained, losses
 
 
@@ -266,11 +275,15 @@ def _begun(job: _Job, parts: Mapping[str, Routed]) -> None:
 
 
 def _distilled(
-    job: _Job, layout: Layout, by: Driven, sparse: nn.Module, plan: Plan, journal: Path | None
+    job: _Job, checkpoint: Checkpoint, layout: Layout, by: Driven, sparse: nn.Module, plan: Plan, journal: Path | None
 ) -> tuple[set[str], tuple[float, ...]]:
     """Train the routed parts of `sparse` in place; the names of the trained tensors and the losses."""
     wanted = job.settings.training
-    data = _states(job, by, 7919, images=wanted.images)
+    data: Data = _states(job, by, 7919, images=wanted.images)
+    if job.data is not None:
+        device = pick_device(job.device)
+        folder = encoded(job.data, checkpoint, by.adapter, device, job.reporter) if is_images(job.data) else job.data
+        data = Latents(folder, by.adapter, by.config, by.scheduler, seed=job.seed, null=wanted.null, device=device)
     over: Any = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
     weights = Weights(
         wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared, over, wanted.prior

@@ -37,6 +37,7 @@ def moe(
         str, typer.Option(help="moe-best, dense2moe, dense2moe-mob, dit-moe, moh, switch-dit, uoe or random.")
     ] = "moe-best",
     distill_steps: Annotated[int, typer.Option(help="Training steps against the dense model (0: none).")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Images or cached latents to train on.")] = None,
     set_: Set = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
@@ -61,7 +62,8 @@ def moe(
         facts = api.moe(
             checkpoint, out, experts=experts, active=active, shared=shared,
             blocks_active=blocks_active, method=method,
-            distill_steps=distill_steps, overrides=set_ or (), conditions=conditions, scheduler=scheduler, seed=seed,
+            distill_steps=distill_steps, data=data, overrides=set_ or (), conditions=conditions,
+            scheduler=scheduler, seed=seed,
             device=device, dtype=dtype, overwrite=overwrite, restart=restart, dry_run=dry_run,
             reporter=common.reporter(quiet, as_json),
         )  # fmt: skip

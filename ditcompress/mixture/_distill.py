@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distill.comparison import Imitating
-from ..distill.data import Trajectories
+from ..distill.data import Data
 from ..models.base import Layout
 from ..routed import RoutedPart
 from ..runtime.blocks import BlockRouter
@@ -30,7 +30,8 @@ from ._prior import STEPS, prior_loss
 @dataclass(frozen=True)
 class Weights:
     """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
-    losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks."""
+    losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks,
+    `task` the diffusion loss where the data are real."""
 
     output: float = 1.0
     features: float = 1.0
@@ -39,6 +40,7 @@ class Weights:
     shared: bool = True
     balance_over: Literal["mean", "sum"] = "mean"
     prior: float = 1.0
+    task: float = 1.0
 
 
 class Experts(Imitating):
@@ -46,7 +48,7 @@ class Experts(Imitating):
     what they route: attentions whose heads are, blocks of a group."""
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Trajectories, weights: Weights, batch: int,
+        self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Data, weights: Weights, batch: int,
         routed: Mapping[str, RoutedPart] | None = None,
     ) -> None:  # fmt: skip
         blocks = outside_groups(layout, routed or {})
@@ -96,6 +98,8 @@ class Experts(Imitating):
         self.routings.clear()
         output, features = self.compare(step, part)
         loss = weights.output * output + weights.features * features
+        if self.task is not None:
+            loss = loss + weights.task * self.task
         if self.routings and weights.balance:
             every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in self.routings])
             loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())

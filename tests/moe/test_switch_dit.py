@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from ditcompress import api
 from ditcompress.cli.app import app
+from ditcompress.errors import DitcompressError
 from ditcompress.mixture._prior import divergence, matched, prior_loss, prior_map
 from ditcompress.runtime.task_mask import TaskMask
+from tests.distill.models import cached
 from tests.moe.routed_models import both, routed_model, written
 from tests.moe.test_command import predicted
 
@@ -86,13 +88,23 @@ def test_training_follows_the_prior_and_the_dense_model(tiny_dit: Path, tmp_path
     assert not list(tmp_path.glob(".*work*"))
 
 
-def test_quantize_after_switch_dit_keeps_the_masks(tiny_dit: Path, tmp_path: Path) -> None:
-    written(tiny_dit, tmp_path / "m", "switch-dit", distill_steps=2)
+def test_quantize_after_switch_dit_keeps_masks_that_real_data_have_trained(tiny_dit: Path, tmp_path: Path) -> None:
+    more = ("training.output=0", "training.features=0", "training.prior=0", "training.learning_rate=0.01")
+    done = written(
+        tiny_dit, tmp_path / "m", "switch-dit", *more, distill_steps=30, data=cached(tmp_path / "latents", (4, 8, 8))
+    )
+    assert done["distilled"]["last"] < done["distilled"]["first"] and done["sqnr_db"] is not None
     api.quantize(tmp_path / "m", "w8a16", tmp_path / "q")
     model = DiTTransformer2DModel.from_pretrained(tmp_path / "q")
     assert isinstance(model.transformer_blocks[0].task_mask, TaskMask)
     a, b = predicted(tmp_path / "m"), predicted(tmp_path / "q")
     assert (a - b).norm() < 0.05 * a.norm()
+
+
+def test_data_without_training_are_refused(tiny_dit: Path, tmp_path: Path) -> None:
+    with pytest.raises(DitcompressError) as caught:
+        api.moe(tiny_dit, tmp_path / "out", method="switch-dit", data=tmp_path)
+    assert caught.value.code == "E203"
 
 
 @pytest.mark.parametrize(
