@@ -33,6 +33,7 @@ from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import adapter_for, build_meta, class_of
 from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
+from .runtime.moe import Router
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
 from .sharing import apply_shared, copies_of, stored_once
 from .structure import narrow
@@ -214,6 +215,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
         module_name, _, name = param_name.rpartition(".")
         value = state_dict[param_name]  # `param_value` has been cast to torch_dtype
         check_dtype(param_name, value.dtype, self.stored[param_name])
+        check_router(model, param_name, value)
         setattr(model.get_submodule(module_name), name, value.to(target_device))
 
     def get_state_dict_and_metadata(
@@ -305,6 +307,13 @@ def check_dtype(where: str, found: torch.dtype, expected: torch.dtype) -> None:
     if found != expected:
         says = f"{str(found).removeprefix('torch.')}, its format stores {str(expected).removeprefix('torch.')}"
         raise DitcompressError("E318", where, says, "copy the compressed model again")
+
+
+def check_router(model: nn.Module, name: str, value: Tensor) -> None:
+    """E319 for a NaN or an infinity in a router: its choices would mean nothing, and no output would show it."""
+    owner = name.rpartition(".")[0]
+    if owner and isinstance(model.get_submodule(owner), Router) and not bool(value.isfinite().all()):
+        raise DitcompressError("E319", name, "values of the router are NaN or infinite", "copy the model again")
 
 
 def dequantized(model: nn.Module) -> nn.Module:
@@ -404,6 +413,7 @@ def load_model(
                 if leaf == "weight" and module_name in foreign
                 else checkpoint.read(name)
             )
+            check_router(model, name, value)
             if name not in packed and value.is_floating_point() and dtype is not None:
                 value = value.to(torch.float32 if _stays_float32(model, name) else dtype)
             if leaf in module._parameters:

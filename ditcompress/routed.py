@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
@@ -81,13 +81,17 @@ def routable_attentions(model: nn.Module, layout: Layout) -> dict[str, str]:
     for site in layout.sites:
         path = site.name.rpartition(".")[0]
         attn = model.get_submodule(path)
-        if site.block and site.name.endswith(".to_q") and isinstance(attn, Attention) and _plain(attn):
+        if site.block and site.name.endswith(".to_q") and site.writes[0] and _is_plain(attn):
             found[path] = site.writes[0]
     return found
 
 
-def _plain(attn: Attention) -> bool:
+def _is_plain(attn: nn.Module) -> bool:
     """Whether `attn` is self-attention of one stream without anything that its default processor would add."""
+    if not isinstance(attn, Attention):
+        return False
+    if type(attn.processor) not in (AttnProcessor, AttnProcessor2_0):  # linear, rotary or joint attention
+        return False
     extras = ("group_norm", "spatial_norm", "added_kv_proj_dim")
     joined = attn.is_cross_attention or attn.residual_connection or attn.rescale_output_factor != 1.0
     return not joined and not any(getattr(attn, name, None) for name in extras) and attn.to_k is not None
