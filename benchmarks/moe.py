@@ -21,7 +21,7 @@ from ditcompress.models._derive import derive
 
 
 def layers(width: int, experts: int, shared: int) -> dict[str, nn.Module]:
-    """The dense feed-forward, and expert layers of it with a half and with about three eighths of the neurons active."""
+    """The dense feed-forward, and expert layers of it with a half and about three eighths of the neurons active."""
     torch.manual_seed(0)
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Module()])
