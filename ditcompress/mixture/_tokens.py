@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration.conditions import Conditions
 from ..calibration.trajectory import Sampling, StepRecord, sample
+from ..runtime.blocks import member_of, members
 from ..runtime.heads import HeadRouter
 from ..runtime.moe import MoEFeedForward, Routing, routed_parts
 
@@ -20,7 +22,7 @@ LAYERS = 3  # shown: the first, the middle and the last
 @dataclass(frozen=True)
 class Tokens:
     """Samples (n, channels, height, width) of a model with expert layers, and the first choice of every token
-    (n, rows, columns) by layer and timestep."""
+    (n, rows, columns) by layer and timestep, -1 where it met none."""
 
     images: Tensor
     choices: Mapping[str, Mapping[float, Tensor]]
@@ -44,20 +46,32 @@ def followed(
     routed = routed_parts(model)
     layers = {p: m for p, m in routed.items() if isinstance(m, (MoEFeedForward, HeadRouter)) and m.active}
     shape = tuple(adapter.latent_shape(config))
-    last: dict[str, Tensor] = {}
+    last: dict[str, tuple[Tensor, Tensor | None]] = {}
+    known = members(model)
     kept: dict[str, dict[float, Tensor]] = {}
     steps = {0, sampling.steps // 2, sampling.steps - 1}
 
     def keeper(path: str) -> Callable[[Routing], None]:
-        return lambda found: last.__setitem__(path, found.chosen[:, 0].detach().clamp_min(0).cpu())
+        member = member_of(path, known)
+
+        def keep(found: Routing) -> None:
+            rows = None if member is None else member.rows
+            last[path] = (found.chosen[:, 0].detach().cpu(), None if rows is None else rows.cpu())
+
+        return keep
 
     def step(record: StepRecord) -> None:
         passes = 1 if record.null_output is None else 2
-        for path, chosen in last.items():
-            own = chosen.reshape(passes, len(record.latents), -1)[0]
+        for path, (chosen, rows) in last.items():
+            every = passes * len(record.latents)
+            rows = torch.arange(every) if rows is None else rows
+            whole = torch.full((every, len(chosen) // len(rows)), -1)
+            whole[rows] = chosen.reshape(len(rows), -1)
+            own = whole[: len(record.latents)]
             place = grid(own.shape[1], shape)
             if record.index in steps and place is not None and own.shape[1] > 1:
                 kept.setdefault(path, {})[float(record.timestep.flatten()[0])] = own.reshape(len(own), *place)
+        last.clear()
 
     for path, layer in layers.items():
         layer.seen = keeper(path)

@@ -14,6 +14,7 @@ from ..experts import ExpertLayer
 from ..measures import ratio_db
 from ..models.base import Layout
 from ..routed import RoutedPart, width_of
+from ..runtime.blocks import member_of, members
 from ..runtime.moe import MoEFeedForward, Routing, routed_parts
 
 MOST_CLASSES = 32  # rows of the table by class: those that most states have
@@ -62,7 +63,7 @@ class Use:
     """Counts the choices of every layer of a model while it runs on batches; `close` takes the counters off."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = routed_parts(model)
+        self.layers, self.members = routed_parts(model), members(model)
         self.mass = {path: torch.zeros(m.count, dtype=torch.float64) for path, m in self.layers.items()}
         self.rows: dict[str, list[Tensor]] = {path: [] for path in self.layers}  # (n, E) choices by sample
         self.none, self.tokens = dict.fromkeys(self.layers, 0), dict.fromkeys(self.layers, 0)
@@ -73,13 +74,14 @@ class Use:
             layer.seen = self._keeper(path)
 
     def _keeper(self, path: str) -> Callable[[Routing], None]:
-        experts = len(self.mass[path])
+        experts, member = len(self.mass[path]), member_of(path, self.members)
 
         def keep(found: Routing) -> None:
-            chosen = found.chosen.detach().reshape(self.size, -1).cpu()
-            counts = torch.zeros(self.size, experts + 1, dtype=torch.float64)  # the last column: no expert
+            rows = torch.arange(self.size) if member is None or member.rows is None else member.rows.cpu()
+            chosen = found.chosen.detach().reshape(len(rows), -1).cpu()
+            counts = torch.zeros(len(rows), experts + 1, dtype=torch.float64)  # the last column: no expert
             counts.scatter_add_(1, chosen % (experts + 1), torch.ones(chosen.shape, dtype=torch.float64))
-            self.rows[path].append(counts[:, :experts])
+            self.rows[path][-1][rows] += counts[:, :experts]
             self.none[path] += int((found.chosen < 0).all(-1).sum())
             self.tokens[path] += len(found.chosen)
             self.mass[path] += found.probabilities.detach().double().sum(0).cpu()
@@ -89,6 +91,8 @@ class Use:
     def next(self, batch: Batch) -> None:
         """What runs from now on are the n states of `batch`."""
         self.size = len(batch.latents)
+        for path, rows in self.rows.items():
+            rows.append(torch.zeros(self.size, len(self.mass[path]), dtype=torch.float64))
         self.times.append(batch.timestep.reshape(-1).expand(self.size).double().cpu())
         labels = batch.cond.get("class_labels")
         if labels is not None:
@@ -131,7 +135,7 @@ class Use:
         layers = {
             path: [[round(float(x), 4) for x in _share(torch.cat(rows)[keys == value])] for value in values]
             for path, rows in self.rows.items()
-            if rows
+            if any(bool(part.any()) for part in rows)
         }
         return {"values": [round(v, 4) for v in values.tolist()], "layers": layers}
 

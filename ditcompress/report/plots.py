@@ -231,8 +231,9 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
 
 
 def tokens(experts: Tensor, size: int = 96) -> str:
-    """The expert (rows, columns) of every token as colours, the same for the same number everywhere."""
+    """The expert (rows, columns) of every token as colours, the same for the same number everywhere; -1 is black."""
     from PIL import Image
 
     colours = (np.asarray(plt.get_cmap("tab20")(np.arange(20) % 20))[:, :3] * 255).round().astype(np.uint8)
-    return _png(Image.fromarray(colours[experts.numpy() % 20]), size)
+    shown = np.where(experts.numpy()[..., None] < 0, np.uint8(0), colours[experts.numpy() % 20])
+    return _png(Image.fromarray(shown), size)

@@ -9,7 +9,7 @@ is the identity on all streams; samples that choose differently are run apart, s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Member:
 
     def __init__(self, block: nn.Module, router: BlockRouter, place: int) -> None:
         self.parts, self.place = (block, router), place
+        self.rows: Tensor | None = None  # the samples of the last call that ran it; None for all
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block, router = self.parts
@@ -61,12 +62,16 @@ class Member:
         gates = router.route(block, given) if self.place == 0 else router.gates
         assert isinstance(gates, Tensor)
         own = gates[:, self.place]
+        if self.place == router.count - 1:
+            router.gates = None  # nothing of a call outlives it
         kept = own.detach() != 0
+        self.rows = None if bool(kept.all()) else kept.nonzero()[:, 0]
         if bool(kept.all()):
             return self._joined(given, self._run(given), own, None)
         if not bool(kept.any()):
             return self._joined(given, None, own, None)
-        rows = kept.nonzero()[:, 0]
+        rows = self.rows
+        assert rows is not None
         return self._joined(given, self._run(_taken(given, rows, len(own))), own[rows], rows)
 
     def _run(self, given: dict[str, Any]) -> Any:
@@ -88,6 +93,19 @@ class Member:
             new = old + gates[:, None, None].to(old.dtype) * (after - old) if gates.requires_grad else after
             joined.append(new if rows is None else before.index_copy(0, rows, new.to(before.dtype)))
         return tuple(joined) if double else joined[0]
+
+
+def members(model: nn.Module) -> dict[str, Member]:
+    """The blocks of groups by path."""
+    found = {path: vars(module).get("forward") for path, module in model.named_modules()}
+    return {path: call for path, call in found.items() if isinstance(call, Member)}
+
+
+def member_of(path: str, known: Mapping[str, Member]) -> Member | None:
+    """The block of a group that `path` lies in, but for the group's router: what is inside sees only the samples that
+    run the block."""
+    inside = next((block for block in known if path.startswith(f"{block}.")), None)
+    return None if inside is None or path == f"{inside}.block_router" else known[inside]
 
 
 def idle_in_blocks(model: nn.Module) -> float:

@@ -13,9 +13,10 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 from typer.testing import CliRunner
 
-from ditcompress import api
+from ditcompress import api, mixture
 from ditcompress.cli.app import app
 from ditcompress.errors import DitcompressError
+from ditcompress.experts import build, convertible
 from ditcompress.mixture._blocks import block_groups, outside_groups
 from ditcompress.models import registry as families
 from ditcompress.routed import RoutedPart, apply_routed
@@ -214,3 +215,42 @@ def test_a_damaged_entry_is_refused_by_both_doors(
         with pytest.raises(DitcompressError) as caught:
             door(folder)
         assert caught.value.code == "E320"
+
+
+def test_use_inside_a_group_counts_the_samples_that_ran_the_block() -> None:
+    from ditcompress.distill.data import Batch
+    from ditcompress.mixture._use import Use
+
+    _, other, _ = grouped("dit", 1)
+    layout = families.get("dit").layout(other)
+    spec = mixture.specs_for(other, layout, 4, 0, 1)
+    axes = convertible(other, layout)
+    for path in axes:
+        moe = build(other, layout, axes[path], spec[path])
+        moe.router.weight.normal_(generator=torch.Generator().manual_seed(1))
+        other.set_submodule(path, moe)
+    module, generator = families.get("dit"), torch.Generator().manual_seed(3)
+    latents = torch.randn((6, *module.latent_shape(other.config)), generator=generator, dtype=torch.float64)
+    times = torch.tensor((3, 900, 400, 700, 20, 550))
+    cond = module.random_conditions(other.config, 6, generator)
+    use = Use(other)
+    use.next(Batch(latents, times, cond))
+    with torch.no_grad():
+        module.predict(other, latents, times, cond)
+    use.close()
+    ran = use.rows[f"{FIRST}.block_router"][0].bool()  # (samples, blocks)
+    assert 0 < int(ran[:, 0].sum()) < 6
+    for place in range(3):
+        counts = use.rows[f"transformer_blocks.{place}.ff"][0].sum(1)
+        assert torch.equal(counts, 16.0 * ran[:, place])  # every token of those, and none of the others
+    assert torch.equal(use.rows["transformer_blocks.3.ff"][0].sum(1), torch.full((6,), 16.0).double())
+    assert len(use.tables()["timestep"]["values"]) == 6
+
+
+def test_a_call_leaves_nothing_behind_that_a_copy_could_not_take() -> None:
+    _, other, part = grouped("dit", 2)
+    part.router.weight.requires_grad_(True)
+    module = families.get("dit")
+    latents = torch.randn(2, *module.latent_shape(other.config), dtype=torch.float64)
+    module.predict(other, latents, torch.tensor([3, 900]), module.random_conditions(other.config, 2, torch.Generator()))
+    copy.deepcopy(other)
