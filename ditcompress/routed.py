@@ -6,7 +6,8 @@ model changes: what reads names (loading, quantization) sees the same linears.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -118,6 +119,26 @@ def apply_routed(model: nn.Module, parts: Mapping[str, RoutedPart]) -> dict[str,
             routed = _headed(model, path, part, where)
         made[f"{path}.{CHILDREN[part.kind]}"] = routed
     return made
+
+
+@contextmanager
+def everything_runs(model: nn.Module) -> Iterator[None]:
+    """Inside, attentions compute all heads for all tokens and no block is skipped: all their linears are called, as
+    calibration needs it. Expert feed-forwards stay as they are."""
+    routers = [m for m in model.modules() if isinstance(m, BlockRouter)]
+    attentions = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttention)]
+    before = [router.active for router in routers]
+    try:
+        for router in routers:
+            router.active = router.count
+        for attn in attentions:
+            attn.processor = AttnProcessor2_0()  # type: ignore[assignment]
+        yield
+    finally:
+        for router, active in zip(routers, before, strict=True):
+            router.active = active
+        for attn in attentions:
+            attn.processor = RoutedAttention()  # type: ignore[assignment]
 
 
 def _placed(owner: nn.Module, name: str, part: Routed, like: Tensor) -> None:

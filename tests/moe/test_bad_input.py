@@ -20,7 +20,7 @@ from ditcompress.experts import convertible
 from ditcompress.loading import load_model
 from ditcompress.models import registry as families
 from ditcompress.routed import RoutedPart, apply_routed
-from tests.moe.test_command import FEW
+from tests.moe.test_command import FEW, predicted
 from tests.moe.test_layer import layer
 
 METHODS = [name.replace("_", "-") for name in mixture.registry.names()]
@@ -147,3 +147,20 @@ def test_more_experts_than_config_says_active_may_be_set_up_to_all(mixed: Path, 
     with pytest.raises(DitcompressError) as caught:
         load_model(tmp_path / "m")
     assert caught.value.code == "E320"
+
+
+@pytest.mark.parametrize("method", ["moh", "uoe", "dense2moe-mob"])
+def test_every_linear_of_a_routed_model_is_calibrated_and_quantized(
+    method: str, tiny_dit: Path, tmp_path: Path
+) -> None:
+    few = ("calibration.samples=4", "calibration.steps=3")
+    api.moe(tiny_dit, tmp_path / "m", method=method, overrides=(*FEW, "group=2"), blocks_active=0.5)
+    state = load_file(tmp_path / "m/diffusion_pytorch_model.safetensors")
+    state["transformer_blocks.0.block_router.router.bias"][1] = -1e6  # the second block never runs
+    save_file(state, tmp_path / "m/diffusion_pytorch_model.safetensors")
+    result = api.quantize(tmp_path / "m", "w4a8", tmp_path / "q", overrides=few)
+    assert {record.site for record in result.records} >= {
+        f"transformer_blocks.{n}.attn1.{part}" for n in (0, 1) for part in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    a, b = predicted(tmp_path / "m"), predicted(tmp_path / "q")
+    assert (a - b).norm() < 0.5 * a.norm()
