@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,41 +71,56 @@ def moe(
     A diffusers model in memory gives a converted copy of it as "model" beside the facts, and no files.
     """
     reporter = reporter or Silent()
-    checkpoint: Checkpoint | ModuleSource
-    if isinstance(path, nn.Module):
-        checkpoint, meta = ModuleSource(path), path
-    else:
-        checkpoint, meta = open_model(Path(path), allow_compressed=False)
-    if checkpoint.config.get("quantization_config") is not None:
-        raise DitcompressError("E322", checkpoint.class_name, "is converted or quantized", "give the dense original")
+    checkpoint, meta = _opened(path)
     if distill_steps < 0:
         raise DitcompressError("E203", f"--distill-steps {distill_steps}", "is negative", "give 0 for none")
+    if data is not None and not distill_steps:
+        raise DitcompressError("E203", "--data", "without --distill-steps nothing is trained", "give both")
     chosen, settings = method_of(method), settings_from(overrides, distill_steps)
     params = params_of(chosen, settings.method)
     layout = adapter_for(checkpoint.config).layout(meta)
-    own: Numbers = getattr(chosen, "NUMBERS", Numbers())
-    given = {"experts": experts, "shared": shared, "active": active}
-    numbers = dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+    numbers = _numbers(chosen, experts=experts, shared=shared, active=active)
     share = blocks_active if blocks_active is not None else getattr(chosen, "BLOCKS_ACTIVE", None)
     plan = plan_of(meta, layout, chosen, params, settings, numbers, share, {})
     left = left_dense(meta, layout) if plan.specs else []
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
-    files = Path(data) if data else None
-    if files is not None and not distill_steps:
-        raise DitcompressError("E203", "--data", "without --distill-steps nothing is trained", "give both")
     pick_device(device), pick_dtype(dtype)
     if dry_run:
-        flops = dict(zip(("dense", "active"), linear_operations(layout, plan.specs, plan.routed), strict=True))
-        return {"method": method, "active_neurons": plan.active_neurons(), "block_linear_flops_per_token": flops,
-                "layers": plan.to_json(), "left_dense": left, "written": False}  # fmt: skip
+        return {"method": method, **_foreseen(layout, plan), "left_dense": left, "written": False}
     where = None if isinstance(path, nn.Module) else Path(path)
     target = Path(out) if out else where and where.with_name(f"{where.name.removesuffix('.safetensors')}-moe")
-    job = Job(where, target, chosen, params, settings, numbers, share, plan, distill_steps, files,
-               conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
+    job = Job(where, target, chosen, params, settings, numbers, share, plan, distill_steps,
+               Path(data) if data else None, conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
     if isinstance(checkpoint, ModuleSource):
         return _in_memory(path, job, layout, left)
     return _write(job, checkpoint, layout, left, overwrite)
+
+
+def _opened(path: str | Path | nn.Module) -> tuple[Checkpoint | ModuleSource, nn.Module]:
+    """What holds the weights, and a model to read the layout from. E322 for one that is not dense any more."""
+    checkpoint: Checkpoint | ModuleSource
+    if isinstance(path, nn.Module):
+        checkpoint, model = ModuleSource(path), path
+    else:
+        checkpoint, model = open_model(Path(path), allow_compressed=False)
+    if checkpoint.config.get("quantization_config") is not None:
+        raise DitcompressError("E322", checkpoint.class_name, "is converted or quantized", "give the dense original")
+    return checkpoint, model
+
+
+def _numbers(method: ModuleType, **given: int | None) -> Numbers:
+    """The method's own numbers with those that were given."""
+    own: Numbers = getattr(method, "NUMBERS", Numbers())
+    return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def _foreseen(layout: Layout, plan: Plan) -> dict[str, Any]:
+    """What can be told before anything runs."""
+    flops = dict(zip(("dense", "active"), linear_operations(layout, plan.specs, plan.routed), strict=True))
+    return {
+        "active_neurons": plan.active_neurons(), "block_linear_flops_per_token": flops, "layers": plan.to_json(),
+    }  # fmt: skip
 
 
 def _in_memory(model: Any, job: Job, layout: Layout, left: list[str]) -> dict[str, Any]:

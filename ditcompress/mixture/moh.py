@@ -5,7 +5,8 @@ which its query is longest. "learned" has the gates of the models trained from s
 then take the first routed heads until training separates them.
 
 By default half of the heads are shared and half of the others active, 75 % in all. The paper shares the first half of
-the heads; here they are those with the largest Taylor score. `--shared` and `--active` count heads.
+the heads; here they are those with the largest Taylor score. `--shared` and `--active` count heads. The balance loss is
+that of the other methods, 1 at even use, where the paper's is the number of active heads.
 """
 
 from __future__ import annotations
