@@ -55,10 +55,10 @@ class Experts(Imitating):
         super().__init__(teacher, student, data, batch, blocks if weights.features else ())
         self.weights = weights
         self.layers = routed_parts(student)
-        self.routings: list[Routing] = []
+        self.routings: dict[type, list[Routing]] = {}  # by kind of part: blocks are balanced apart from experts
         for layer in self.layers.values():
             if layer.balanced:
-                layer.seen = self.routings.append
+                layer.seen = self.routings.setdefault(type(layer), []).append
         self.masks = [m for m in self.layers.values() if isinstance(m, TaskMask)]
         self.embeddings = self._embeddings() if weights.prior else {}
         for tensor in self.parameters().values():
@@ -95,13 +95,16 @@ class Experts(Imitating):
 
     def loss(self, step: int, part: int) -> Tensor:
         weights = self.weights
-        self.routings.clear()
+        for found in self.routings.values():
+            found.clear()
         output, features = self.compare(step, part)
         loss = weights.output * output + weights.features * features
         if self.task is not None:
             loss = loss + weights.task * self.task
-        if self.routings and weights.balance:
-            every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in self.routings])
+        for found in self.routings.values() if weights.balance else ():
+            if not found:  # nothing is routed: all active, or none
+                continue
+            every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in found])
             loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())
         if self.masks and weights.prior:
             gates = [m.probabilities(self.embeddings[id(m.time)]) for m in self.masks]
