@@ -176,7 +176,7 @@ def test_experts_and_blocks_together_on_disk(deep_dit: Path, tmp_path: Path) -> 
     missed = facts["parameters"]["total"] - facts["parameters"]["active"]
     router = sum(p.numel() for p in model.transformer_blocks[0].parameters()) - per_block
     assert missed == round(5 * idle + 0.4 * (5 * (per_block - idle) + router))
-    done = written(deep_dit, tmp_path / "t", "dense2moe-mob", "training.learning_rate=0.0003", distill_steps=20)
+    done = written(deep_dit, tmp_path / "t", "dense2moe-mob", "training.learning_rate=0.0003", distill_steps=14)
     assert done["sqnr_db"] > facts["sqnr_db"]
     before, after = (DiTTransformer2DModel.from_pretrained(p).transformer_blocks[2].attn1.to_q.weight
                      for p in (deep_dit, tmp_path / "t"))  # fmt: skip
