@@ -6,9 +6,10 @@ An expert layer holds every neuron of the dense feed-forward once: `shared` of t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .errors import DitcompressError
 from .models import adapter_for
 from .models.base import Layout
-from .runtime.moe import MoEFeedForward
+from .runtime.moe import Choice, Gate, MoEFeedForward, Router
 from .runtime.scheme import WHERE, Strict, refuse
 from .structure import expert_modules, feed_forward_path, readers, writers
 
@@ -27,22 +28,27 @@ class _Fields(Strict):
     experts: int = Field(ge=1, le=4096)
     width: int = Field(ge=1)
     active: int = Field(ge=0)
-    gate: Literal["one", "share"] = "one"
+    gate: Gate = "one"
     offset: bool = False
+    copies: bool = False
+    choice: Choice = "token"
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
     """One entry of `quantization_config.experts`: neurons of the shared expert, number of routed experts, neurons of
-    each, how many run for a token, the gate, and whether experts carry an output bias of their own (minus the mean
-    that the layer's bias already holds)."""
+    each, how many run for a token, the gate, whether experts carry an output bias of their own (minus the mean that
+    the layer's bias already holds), and whether all of them started from the same neurons (`copies`).
+    `choice`: whether tokens choose experts or experts tokens."""
 
     shared: int
     experts: int
     width: int
     active: int
-    gate: Literal["one", "share"] = "one"
+    gate: Gate = "one"
     offset: bool = False
+    copies: bool = False
+    choice: Choice = "token"
 
     @staticmethod
     def from_json(value: Any, where: str) -> ExpertLayer:
@@ -61,7 +67,8 @@ class ExpertLayer:
 
     @property
     def neurons(self) -> int:
-        return self.shared + self.experts * self.width
+        """Of the dense feed-forward."""
+        return self.shared + (1 if self.copies else self.experts) * self.width
 
     @property
     def active_neurons(self) -> int:
@@ -69,8 +76,9 @@ class ExpertLayer:
         return self.shared + self.active * self.width
 
     def groups(self) -> list[range]:
-        """Neurons in their stored order: of the shared expert (where there is one), then of each expert."""
-        starts = [self.shared + e * self.width for e in range(self.experts)]
+        """Neurons in their stored order: of the shared expert (where there is one), then of each expert (of copies:
+        once)."""
+        starts = [self.shared + e * self.width for e in range(1 if self.copies else self.experts)]
         return ([range(self.shared)] if self.shared else []) + [range(s, s + self.width) for s in starts]
 
 
@@ -123,13 +131,16 @@ def build(
     (out,), into = readers(layout, axis), writers(layout, axis)[0]
     inner = out.name[len(path) + 1 :]
     shared, experts = (parts[0], parts[1:]) if spec.shared else (None, parts)
+    if spec.copies:
+        experts = [experts[0], *(copy.deepcopy(experts[0]) for _ in range(spec.experts - 1))]
     weight: Tensor = model.get_submodule(out.name).weight  # type: ignore[assignment]
     if spec.offset:
         for expert in experts:
             zero = torch.zeros(out.out_features, dtype=weight.dtype, device=weight.device)
             expert.get_submodule(inner).bias = nn.Parameter(zero, requires_grad=False)  # type: ignore[assignment]
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
-    return MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate).to(weight.device)
+    made = MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate, spec.copies, spec.choice)
+    return made.to(weight.device)
 
 
 def check_place(layers: Mapping[str, ExpertLayer], axes: Mapping[str, str], layout: Layout) -> None:
@@ -158,10 +169,10 @@ def apply_experts(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> None:
 def router_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Full name and dtype of every tensor of the routers, which no cast may reach."""
     return {
-        f"{path}.router.{name}": torch.float32
+        f"{path}.{name}": torch.float32
         for path, module in model.named_modules()
-        if isinstance(module, MoEFeedForward)
-        for name in module.router.STORED
+        if isinstance(module, Router)
+        for name in module.STORED
     }
 
 

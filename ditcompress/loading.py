@@ -31,7 +31,9 @@ from .console import Reporter
 from .errors import DitcompressError
 from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
 from .models import adapter_for, build_meta, class_of
+from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
+from .runtime.moe import Router
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
 from .sharing import apply_shared, copies_of, stored_once
 from .structure import narrow
@@ -54,6 +56,7 @@ class _Fields(Strict):
     shapes: dict[str, int] = Field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     shared: dict[str, str] = Field(default_factory=dict)
+    routed: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -72,6 +75,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         recipe: str = "",
         experts: Mapping[str, Any] | None = None,
         shared: Mapping[str, str] | None = None,
+        routed: Mapping[str, Any] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -81,7 +85,12 @@ class DitcompressConfig(QuantizationConfigMixin):
             )
         try:
             given = {"recipe": recipe, "schemes": schemes, "layers": layers, **unknown}
-            optional = {"shapes": shapes or {}, "experts": experts or {}, "shared": shared or {}}
+            optional = {
+                "shapes": shapes or {},
+                "experts": experts or {},
+                "shared": shared or {},
+                "routed": routed or {},
+            }
             fields = _Fields.model_validate({**given, **optional})
         except ValidationError as error:
             raise refuse(WHERE, error) from None
@@ -89,6 +98,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         self.version, self.recipe = version, fields.recipe
         self.schemes, self.layers = fields.schemes, fields.layers
         self.shapes, self.experts, self.shared = fields.shapes, fields.experts, fields.shared
+        self.routed = fields.routed
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -114,7 +124,7 @@ class DitcompressConfig(QuantizationConfigMixin):
 
     def structure(self) -> dict[str, Any]:
         """The entries that say how the model differs from its class before any weight is compressed."""
-        entries = {"shapes": self.shapes, "experts": self.experts, "shared": self.shared}
+        entries = {"shapes": self.shapes, "experts": self.experts, "routed": self.routed, "shared": self.shared}
         return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
@@ -134,6 +144,10 @@ class DitcompressConfig(QuantizationConfigMixin):
     def expert_layers(self) -> dict[str, ExpertLayer]:
         """The expert layers by path; E320 when an entry is not valid."""
         return {path: ExpertLayer.from_json(value, f"{WHERE}.experts.{path}") for path, value in self.experts.items()}
+
+    def routed_parts(self) -> dict[str, RoutedPart]:
+        """Routed blocks and attentions by path; E320 when an entry is not valid."""
+        return {path: RoutedPart.from_json(value, f"{WHERE}.routed.{path}") for path, value in self.routed.items()}
 
 
 class DitcompressQuantizer(DiffusersQuantizer):
@@ -165,7 +179,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
-            check_expert_names(model, config.experts, self.present)
+            check_expert_names(model, [*config.experts, *routed_paths(config.routed_parts())], self.present)
             _compare_names(set(), {*self.present} - {*stored_once(self.present, config.shared)})
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -202,6 +216,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
         module_name, _, name = param_name.rpartition(".")
         value = state_dict[param_name]  # `param_value` has been cast to torch_dtype
         check_dtype(param_name, value.dtype, self.stored[param_name])
+        check_router(model, param_name, value)
         setattr(model.get_submodule(module_name), name, value.to(target_device))
 
     def get_state_dict_and_metadata(
@@ -295,6 +310,13 @@ def check_dtype(where: str, found: torch.dtype, expected: torch.dtype) -> None:
         raise DitcompressError("E318", where, says, "copy the compressed model again")
 
 
+def check_router(model: nn.Module, name: str, value: Tensor) -> None:
+    """E319 for a NaN or an infinity in a router: its choices would mean nothing, and no output would show it."""
+    owner = name.rpartition(".")[0]
+    if owner and isinstance(model.get_submodule(owner), Router) and not bool(value.isfinite().all()):
+        raise DitcompressError("E319", name, "values of the router are NaN or infinite", "copy the model again")
+
+
 def dequantized(model: nn.Module) -> nn.Module:
     """`model` with every packed linear replaced, in place, by a plain one in the dtype of its bias or float32."""
     for path, module in list(model.named_modules()):
@@ -325,6 +347,7 @@ def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
     """Give a plain model the modules that `config` describes."""
     apply_shapes(model, config.shapes)
     apply_experts(model, config.expert_layers())
+    apply_routed(model, config.routed_parts())
     apply_schemes(model, config.layer_schemes())
     apply_shared(model, config.shared)
 
@@ -337,6 +360,7 @@ def plain_model(config: Mapping[str, Any]) -> nn.Module:
     if layers is not None:
         apply_shapes(model, layers.shapes)
         apply_experts(model, layers.expert_layers())
+        apply_routed(model, layers.routed_parts())
     return model
 
 
@@ -378,7 +402,9 @@ def load_model(
     model, weights = empty_model(path, dtype)
     with torch.no_grad():
         for name in weights:
-            set_tensor(model, name, weights[name])
+            value = weights[name]
+            check_router(model, name, value)
+            set_tensor(model, name, value)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise DitcompressError(
             "E315", weights.checkpoint.folder, "tensors stayed without data", "re-copy the checkpoint"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,32 +12,45 @@ from torch import nn
 
 from ..errors import DitcompressError
 from ..experts import ExpertLayer
-from ..mixture import token_operations
+from ..mixture import linear_operations, token_operations
+from ..models.base import Layout
 from ..recipe import Calibration, Training, override
 from ..registry import nearest
-from ..runtime.moe import feed_forwards, idle_parameters, router_parameters
+from ..routed import CHILDREN, RoutedPart
+from ..runtime.blocks import idle_in_blocks
+from ..runtime.moe import Gate, feed_forwards, idle_parameters, router_parameters
 
 
 class ExpertTraining(Training):
     """The trainer's fields and: `balance` weighs the load-balance loss (Dense2MoE: 0.01), `router_rate` is the router's
-    learning rate, `shared` whether the shared experts learn too."""
+    learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
+    averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of
+    switch-dit, `task` that of real data."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
     balance: float = Field(0.01, ge=0)
     router_rate: float = Field(1e-3, gt=0)
     shared: bool = True
+    balance_over: Literal["mean", "sum"] | None = None
+    prior: float = Field(1.0, ge=0)
+    task: float = Field(1.0, ge=0)
 
 
 class ExpertSettings(BaseModel):
-    """`method` holds the method's own parameters; `gate` how chosen experts count (see runtime/moe.py); `probe` the
-    batches of states on which the use of the experts is measured, and `scoring` those of the Taylor scores."""
+    """`method` holds the method's own parameters; `gate` how chosen experts count (see runtime/moe.py; by
+    default as the method does); `probe` the batches of states on which the use of the experts is measured, `scoring`
+    those of the Taylor scores, `images` the samples whose tokens moe.html colours by expert; `group` the
+    blocks of a Mixture of Blocks that share a router, `alpha` how its score weighs tokens against the embedding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: dict[str, Any] = {}
-    gate: Literal["one", "share"] = "one"
+    gate: Gate | None = None
     probe: int = Field(4, ge=1, le=1000)
     scoring: int = Field(16, ge=1, le=10_000)
+    images: int = Field(4, ge=0, le=64)
+    group: int = Field(5, ge=2, le=1000)
+    alpha: float = Field(0.5, ge=0, le=1)
     calibration: Calibration = Calibration(samples=64, reservoir=4096)
     training: ExpertTraining = ExpertTraining()
 
@@ -60,41 +75,66 @@ def settings_from(overrides: Sequence[str], steps: int) -> ExpertSettings:
         ) from None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Which parts of a model become routed: feed-forwards with their numbers, attentions and blocks."""
+
+    specs: dict[str, ExpertLayer]
+    routed: dict[str, RoutedPart]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """By path, as config.json has them."""
+        return {
+            **{path: spec.to_json() for path, spec in self.specs.items()},
+            **{f"{path}.{CHILDREN[p.kind]}": p.model_dump(mode="json") for path, p in self.routed.items()},
+        }
+
+    def active_neurons(self) -> float:
+        """The share of the neurons in converted feed-forwards that a token meets; 1 without any."""
+        total = sum(s.neurons for s in self.specs.values())
+        return sum(s.active_neurons for s in self.specs.values()) / total if total else 1.0
+
+
 def facts_of(
-    dense: nn.Module, sparse: nn.Module, specs: Mapping[str, ExpertLayer], method: str, sqnr: float,
-    use: Mapping[str, Mapping[str, Any]], left: Sequence[str],
+    dense: nn.Module, sparse: nn.Module, layout: Layout, plan: Plan, method: str, sqnr: float,
+    use: Mapping[str, Mapping[str, Any]], routing: Mapping[str, Any], left: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What moe.json holds: parameters counted from the modules, operations of one token in the converted feed-forwards,
-    the use of the experts by layer."""
+    """What moe.json holds (an SQNR of None: identical): parameters counted from the modules, operations of one token in
+    the converted feed-forwards and in the blocks' linears, the use of the experts by layer, timestep and class."""
     operations = [token_operations(layer) for layer in feed_forwards(sparse).values()]
-    before, after = (sum(column) for column in zip(*operations, strict=True))
+    before, after = (sum(column) for column in zip(*operations, strict=True)) if operations else (0, 0)
+    linears = linear_operations(layout, plan.specs, plan.routed)
     total = sum(p.numel() for p in sparse.parameters()) + router_parameters(sparse)
-    every = [row["busiest"] for row in use.values()]
+    layers = plan.to_json()
     return {
         "method": method,
-        "sqnr_db": sqnr,
+        "sqnr_db": sqnr if math.isfinite(sqnr) else None,
         "parameters": {
             "dense": sum(p.numel() for p in dense.parameters()), "total": total,
-            "active": total - idle_parameters(sparse),
+            "active": round(total - idle_parameters(sparse) - idle_in_blocks(sparse)),
         },
         "feed_forward_flops_per_token": {"dense": before, "active": after},
-        "active_neurons": sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values()),
-        "busiest": max(every),
-        "layers": {path: {**specs[path].to_json(), **use[path]} for path in specs},
+        "block_linear_flops_per_token": dict(zip(("dense", "active"), linears, strict=True)),
+        "active_neurons": plan.active_neurons(),
+        "busiest": max(row["busiest"] for row in use.values()),
+        "idlest": min(row["idlest"] for row in use.values()),
+        "layers": {path: {**entry, **use[path]} for path, entry in layers.items()},
+        "routing": dict(routing),
         "left_dense": list(left),
     }  # fmt: skip
 
 
 def card(name: str, class_name: str, facts: Mapping[str, Any]) -> str:
     """README.md of the folder."""
-    parameters, flops = facts["parameters"], facts["feed_forward_flops_per_token"]
+    parameters, flops = facts["parameters"], facts["block_linear_flops_per_token"]
     return "\n".join([
         "---", "library_name: diffusers", "tags: [ditcompress, mixture-of-experts]", "---", "",
         f"# {name} with expert layers", "",
-        f"{len(facts['layers'])} feed-forwards of {class_name} became experts by `ditcompress moe` "
+        f"{len(facts['layers'])} parts of {class_name} became experts by `ditcompress moe` "
         f"({facts['method']}): a token meets {parameters['active']:,} of {parameters['total']:,} parameters "
-        f"(dense: {parameters['dense']:,}) and {flops['active'] / flops['dense']:.1%} of their operations.",
+        f"(dense: {parameters['dense']:,}) and {flops['active'] / flops['dense']:.1%} of the operations in "
+        "the blocks' linears.",
         "", "```python", "import ditcompress  # enters itself into diffusers' quantizer mappings",
         f"from diffusers import {class_name}", "", f'model = {class_name}.from_pretrained("FOLDER")', "```", "",
-        "moe.json says how every layer was split and how evenly its experts are used.", "",
+        "moe.json and moe.html say how every part was split and how evenly its experts are used.", "",
     ])  # fmt: skip

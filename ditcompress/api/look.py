@@ -14,8 +14,9 @@ from ..exporters import registry as exporters
 from ..loading import meta_model, open_model, plain_model
 from ..models import account, adapter_for
 from ..registry import nearest
+from ..runtime.blocks import idle_in_blocks
 from ..runtime.linear import PackedLinear
-from ..runtime.moe import feed_forwards, idle_parameters, router_parameters
+from ..runtime.moe import MoEFeedForward, idle_parameters, routed_parts, router_parameters
 from .calibration import pick_dtype
 
 
@@ -41,7 +42,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in empty.parameters()) + router_parameters(empty),
         "active_parameters": sum(p.numel() for p in empty.parameters())
         + router_parameters(empty)
-        - idle_parameters(empty),
+        - idle_parameters(empty)
+        - round(idle_in_blocks(empty)),
         "experts": _experts(empty),
         "bytes": checkpoint.total_bytes,
         "recipe": bnb.recipe_name(checkpoint.config),
@@ -52,10 +54,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _experts(model: Any) -> dict[str, str]:
-    """How every expert layer is made, in words, by path."""
+    """How every routed part is made, in words, by path."""
     return {
-        path: f"{m.active} of {len(m.experts)} routed experts{'' if m.shared is None else ', 1 shared'}"
-        for path, m in feed_forwards(model).items()
+        path: f"{m.active} of {m.count} routed experts{'' if m.shared is None else ', 1 shared'}"
+        if isinstance(m, MoEFeedForward)
+        else m.extra_repr()
+        for path, m in routed_parts(model).items()
     }
 
 

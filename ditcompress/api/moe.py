@@ -3,80 +3,51 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
+from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
-from ..distill.data import Trajectories
-from ..distill.trainer import train
 from ..errors import DitcompressError
-from ..experts import ExpertLayer, convertible, left_dense
-from ..loading import open_model
-from ..mixture import (
-    Experts,
-    Weights,
-    convert,
-    measured,
-    method_of,
-    neuron_importance,
-    params_of,
-    registry,
-    specs_for,
-)
+from ..evaluation.vae import decode, load_vae
+from ..experts import left_dense, router_dtypes
+from ..loading import DitcompressConfig, as_loaded, open_model, register
+from ..mixture import Numbers, followed, linear_operations, method_of, params_of, registry
 from ..models import adapter_for
 from ..models.base import Layout
-from ..structure import writers
-from ._experts import ExpertSettings, card, facts_of, settings_from
-from ._training import Driven, driven
-from .calibration import cached_statistics, pick_device, pick_dtype, settings_of
+from ..report.experts import Coloured, page
+from ._conversion import Job, converted, entry_of, measured_facts, plan_of
+from ._experts import Plan, card, settings_from
+from ._images import listing
+from ._training import Driven, driven, guidance_of
+from .calibration import conditions_for, pick_device, pick_dtype, settings_of
 from .compress import copy_scheduler
 
-REPORT = "moe.json"
-CALIBRATION_BATCH = 8  # images at a time: more forward passes, so more of the reservoir's tokens differ
-PROBE_SIZE, IMPORTANCE_SIZE = 32, 8  # states of a batch
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: Path
-    out: Path
-    method: ModuleType
-    params: Any
-    settings: ExpertSettings
-    specs: dict[str, ExpertLayer]
-    distill: int
-    conditions: str | Path | None
-    scheduler: str | Path | None
-    seed: int
-    device: str
-    dtype: str
-    restart: bool
-    reporter: Reporter
-
-    @property
-    def name(self) -> str:
-        return self.method.__name__.rpartition(".")[2].replace("_", "-")
+REPORT, PAGE = "moe.json", "moe.html"
 
 
 def moe(
-    path: str | Path,
+    path: str | Path | nn.Module,
     out: str | Path | None = None,
     *,
-    experts: int = 8,
-    active: int = 2,
-    shared: int = 1,
+    experts: int | None = None,
+    active: int | None = None,
+    shared: int | None = None,
+    blocks_active: float | None = None,
     method: str = "moe-best",
     distill_steps: int = 0,
+    data: str | Path | None = None,
     overrides: Sequence[str] = (),
     conditions: str | Path | None = None,
     scheduler: str | Path | None = None,
@@ -88,41 +59,92 @@ def moe(
     dry_run: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write `path` to the folder `out` with every feed-forward cut into `experts` equal parts: `shared` of them always
-    on, the others routed, `active` of which run for a token. Returns what moe.json holds.
+    """Write `path` to the folder `out` with every feed-forward cut into `experts` equal parts (8): `shared` of them (1)
+    always on, the others routed, `active` of which (2) run for a token. Other methods route heads or blocks and have
+    numbers of their own (docs/moe.md). Returns what moe.json holds.
 
-    `method` splits and routes without training; `distill_steps` then trains routers and experts against the dense
-    model. E203 for numbers that do not fit, E205 for a model without feed-forwards that are modules of their own.
+    `blocks_active`: the share of the blocks that run, each sample choosing its own. `method` splits and routes without
+    training; `distill_steps` then trains routers and experts against the dense model, on states of its own or on `data`
+    (images or cached latents, whose diffusion loss is added). E203 for numbers that do not fit, E205 for a model
+    without the parts that the method routes.
+
+    A diffusers model in memory gives a converted copy of it as "model" beside the facts, and no files.
     """
     reporter = reporter or Silent()
-    checkpoint, meta = open_model(Path(path), allow_compressed=False)
-    if checkpoint.quantization is not None:
-        raise DitcompressError("E322", path, "has expert layers already", "give the dense original")
+    checkpoint, meta = _opened(path)
     if distill_steps < 0:
         raise DitcompressError("E203", f"--distill-steps {distill_steps}", "is negative", "give 0 for none")
+    if data is not None and not distill_steps:
+        raise DitcompressError("E203", "--data", "without --distill-steps nothing is trained", "give both")
     chosen, settings = method_of(method), settings_from(overrides, distill_steps)
     params = params_of(chosen, settings.method)
     layout = adapter_for(checkpoint.config).layout(meta)
-    offset = bool(getattr(params, "offsets", False))
-    specs = specs_for(meta, layout, experts, shared, active, settings.gate, offset)
-    left = left_dense(meta, layout)
+    numbers = _numbers(chosen, experts=experts, shared=shared, active=active)
+    share = blocks_active if blocks_active is not None else getattr(chosen, "BLOCKS_ACTIVE", None)
+    plan = plan_of(meta, layout, chosen, params, settings, numbers, share, {})
+    left = left_dense(meta, layout) if plan.specs else []
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
     pick_device(device), pick_dtype(dtype)
     if dry_run:
-        layers = {name: spec.to_json() for name, spec in specs.items()}
-        share = sum(s.active_neurons for s in specs.values()) / sum(s.neurons for s in specs.values())
-        return {"method": method, "active_neurons": share, "layers": layers, "left_dense": left, "written": False}
-    target = Path(out) if out else Path(path).with_name(f"{Path(path).name.removesuffix('.safetensors')}-moe")
-    job = _Job(Path(path), target, chosen, params, settings, specs, distill_steps, conditions, scheduler, seed, device,
-               dtype, restart, reporter)  # fmt: skip
+        return {"method": method, **_foreseen(layout, plan), "left_dense": left, "written": False}
+    where = None if isinstance(path, nn.Module) else Path(path)
+    target = Path(out) if out else where and where.with_name(f"{where.name.removesuffix('.safetensors')}-moe")
+    job = Job(where, target, chosen, params, settings, numbers, share, plan, distill_steps,
+               Path(data) if data else None, conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
+    if isinstance(checkpoint, ModuleSource):
+        return _in_memory(path, job, layout, left)
     return _write(job, checkpoint, layout, left, overwrite)
 
 
-def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], overwrite: bool) -> dict[str, Any]:
+def _opened(path: str | Path | nn.Module) -> tuple[Checkpoint | ModuleSource, nn.Module]:
+    """What holds the weights, and a model to read the layout from. E322 for one that is not dense any more."""
+    checkpoint: Checkpoint | ModuleSource
+    if isinstance(path, nn.Module):
+        checkpoint, model = ModuleSource(path), path
+    else:
+        checkpoint, model = open_model(Path(path), allow_compressed=False)
+    if checkpoint.config.get("quantization_config") is not None:
+        raise DitcompressError("E322", checkpoint.class_name, "is converted or quantized", "give the dense original")
+    return checkpoint, model
+
+
+def _numbers(method: ModuleType, **given: int | None) -> Numbers:
+    """The method's own numbers with those that were given."""
+    own: Numbers = getattr(method, "NUMBERS", Numbers())
+    return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def _foreseen(layout: Layout, plan: Plan) -> dict[str, Any]:
+    """What can be told before anything runs."""
+    flops = dict(zip(("dense", "active"), linear_operations(layout, plan.specs, plan.routed), strict=True))
+    return {
+        "active_neurons": plan.active_neurons(), "block_linear_flops_per_token": flops, "layers": plan.to_json(),
+    }  # fmt: skip
+
+
+def _in_memory(model: Any, job: Job, layout: Layout, left: list[str]) -> dict[str, Any]:
+    """The facts and, as "model", a converted copy in the dtype of the original, which is not changed."""
+    register()
+    source = ModuleSource(model)
+    adapter, calibration = adapter_for(source.config), job.settings.calibration
+    dense = copy.deepcopy(model).float().eval().requires_grad_(False)
+    sampler = load_scheduler(source.config, Path(job.scheduler) if job.scheduler else None, adapter, job.reporter)
+    given = conditions_for(source, adapter, settings_of(calibration, job.seed), job.conditions, job.reporter)
+    by = Driven(dense, adapter, source.config, sampler, given, guidance_of(calibration, adapter, source.config))
+    sparse, plan, _, losses = converted(job, source, layout, by, None)
+    facts = measured_facts(job, layout, by, sparse, plan, losses, left)
+    sparse = sparse.to(model.dtype).eval().requires_grad_(False)
+    as_loaded(sparse, DitcompressConfig(**{k: v for k, v in entry_of(job, plan).items() if k != "quant_method"}))
+    return {**facts, "model": sparse}
+
+
+def _write(job: Job, checkpoint: Checkpoint, layout: Layout, left: list[str], overwrite: bool) -> dict[str, Any]:
+    assert job.path is not None and job.out is not None
     marks = {"model": checkpoint.fingerprint, "method": job.name, "params": job.params.model_dump(mode="json"),
              "settings": job.settings.model_dump(mode="json"), "seed": job.seed, "torch": torch.__version__,
-             "distill": job.distill, "layers": {n: s.to_json() for n, s in job.specs.items()}}  # fmt: skip
+             "distill": job.distill, "layers": job.plan.to_json(),
+             "data": None if job.data is None else listing(job.data)}  # fmt: skip
     manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
                 "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
     with output_folder(
@@ -133,101 +155,62 @@ def _write(job: _Job, checkpoint: Checkpoint, layout: Layout, left: list[str], o
         by = driven(
             checkpoint, job.settings.calibration, job.conditions, job.scheduler, job.seed, job.device, job.reporter
         )
-        sparse, losses = _converted(job, checkpoint, layout, by, journal)
-        probe = _states(job, by, 104_729, images=32)
-        batches = [probe.batch(n, PROBE_SIZE) for n in range(job.settings.probe)]
-        sqnr, use = measured(by.model, sparse, by.adapter, batches)
-        facts = {**facts_of(by.model, sparse, job.specs, job.name, sqnr, use, left), "seed": job.seed,
-                 "states": len(batches) * PROBE_SIZE, "conditions": by.conditions.source}  # fmt: skip
-        if losses:
-            tail = losses[-20:]
-            facts["distilled"] = {"steps": len(losses), "first": losses[0], "last": sum(tail) / len(tail)}
-        _write_folder(job, checkpoint, sparse, facts, partial)
+        sparse, plan, trained, losses = converted(job, checkpoint, layout, by, journal)
+        facts = measured_facts(job, layout, by, sparse, plan, losses, left)
+        _write_folder(job, checkpoint, sparse, plan, trained, facts, partial)
+        (partial / PAGE).write_text(page(facts, _coloured(job, checkpoint, by, sparse)), encoding="utf-8")
         checkpoint.verify_unchanged()
     remove_work(journal)
     return {"out": str(job.out), **facts}
 
 
-def _states(job: _Job, by: Driven, offset: int, images: int) -> Trajectories:
-    """States of the dense model's trajectories under noise of their own."""
-    wanted = job.settings.training
-    sampling = Sampling(wanted.sample_steps, by.guidance, job.seed + offset, batch=16)
-    return Trajectories(
-        by.model, by.adapter, by.config, by.scheduler, by.conditions, sampling, images=images, refresh=wanted.refresh,
-        null=wanted.null,
-    )  # fmt: skip
+def _coloured(job: Job, checkpoint: Checkpoint, by: Driven, sparse: nn.Module) -> Coloured | None:
+    """A few samples with the experts of their tokens, decoded where the checkpoint has a VAE."""
+    if not job.settings.images:
+        return None
+    sampling = Sampling(job.settings.training.sample_steps, by.guidance, job.seed)
+    found = followed(sparse, by.adapter, by.config, by.scheduler, by.conditions, sampling, job.settings.images)
+    if found is None:
+        return None
+    vae = load_vae(checkpoint, str(pick_device(job.device)))
+    images = found.images if vae is None else decode(vae, found.images)
+    if images.shape[1] in (1, 3):
+        return Coloured(images, -1.0, 1.0, found.choices)
+    return Coloured(images, float(images.min()), float(images.max()), found.choices)
 
 
-def _converted(
-    job: _Job, checkpoint: Checkpoint, layout: Layout, by: Driven, journal: Path | None
-) -> tuple[nn.Module, tuple[float, ...]]:
-    """The model with expert layers, and the losses of its training."""
-    axes, needs = convertible(by.model, layout), job.method.NEEDS
-    tokens: dict[str, Tensor] = {}
-    if "tokens" in needs:
-        settings = settings_of(job.settings.calibration, job.seed, grams=False, batch=CALIBRATION_BATCH)
-        found = cached_statistics(
-            checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart
-        ).inputs  # fmt: skip
-        keys = {path: writers(layout, axis)[0].input_key for path, axis in axes.items()}
-        tokens = {path: found[key].reservoir for path, key in keys.items()}
-        if not all(len(rows) for rows in tokens.values()):
-            raise DitcompressError("E331", "calibration", "kept no tokens", "raise calibration.reservoir")
-    importance: dict[str, Tensor] = {}
-    if "importance" in needs:
-        importance = neuron_importance(
-            by.model, layout, axes, _states(job, by, 15_485_863, images=32), batches=job.settings.scoring,
-            size=IMPORTANCE_SIZE, seed=job.seed,
-        )  # fmt: skip
-    parts = convert(
-        by.model, layout, job.specs, job.method, job.params, tokens, importance, seed=job.seed, reporter=job.reporter
-    )
-    sparse = copy.deepcopy(by.model)
-    for path, part in parts.items():
-        sparse.set_submodule(path, part)
-    return sparse, _distilled(job, layout, by, sparse, journal) if job.distill else ()
-
-
-def _distilled(job: _Job, layout: Layout, by: Driven, sparse: nn.Module, journal: Path | None) -> tuple[float, ...]:
-    """Train the expert layers of `sparse` in place; the losses."""
-    wanted = job.settings.training
-    data = _states(job, by, 7919, images=wanted.images)
-    weights = Weights(wanted.output, wanted.features, wanted.balance, wanted.router_rate, wanted.shared)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
-        task = Experts(by.model, sparse, layout, data, weights, wanted.batch)
-        history = train(task, wanted, journal=journal, reporter=job.reporter)
-    task.finish()
-    return history.losses
-
-
-def _write_folder(job: _Job, checkpoint: Checkpoint, sparse: nn.Module, facts: dict[str, Any], partial: Path) -> None:
+def _write_folder(
+    job: Job, checkpoint: Checkpoint, sparse: nn.Module, plan: Plan, trained: set[str], facts: dict[str, Any],
+    partial: Path,
+) -> None:  # fmt: skip
     """Weights in the dtypes of the original (routers in float32), config.json, moe.json, scheduler and card."""
     folder = partial / (checkpoint.component if checkpoint.pipeline else "")
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder)
     state = sparse.state_dict()
-    dense = {path: _dtype_inside(checkpoint, path) for path in job.specs}
+    dense = {path: _dtype_inside(checkpoint, path) for path in (*plan.specs, *plan.routed)}
+    routers = router_dtypes(sparse)
     for name in sorted(state):
-        inside = next((path for path in job.specs if name.startswith(f"{path}.")), None)
-        if inside is None:
+        inside = next((path for path in dense if name.startswith(f"{path}.") and name not in checkpoint.tensors), None)
+        if inside is None and name not in trained:
             writer.add(name, checkpoint.read(name))
-        else:
-            exact = name.startswith(f"{inside}.router.") or state[name].dim() == 1  # sums of offsets, and few bytes
-            dtype = torch.float32 if exact else dense[inside]
-            writer.add(name, state[name].detach().to("cpu", dtype).contiguous())
+            continue
+        dtype = checkpoint.tensors[name].dtype if inside is None else dense[inside]
+        if name in routers or (inside in plan.specs and state[name].dim() == 1):  # sums of offsets, and few bytes
+            dtype = torch.float32
+        writer.add(name, state[name].detach().to("cpu", dtype).contiguous())
     facts["bytes"] = sum(file.stat().st_size for file in writer.finish())
     facts["original_bytes"] = checkpoint.total_bytes
-    entry = {"quant_method": "ditcompress", "version": 1, "recipe": f"moe {job.name}", "schemes": {}, "layers": {},
-             "experts": {path: spec.to_json() for path, spec in job.specs.items()}}  # fmt: skip
-    text = json.dumps({**checkpoint.config, "quantization_config": entry}, indent=2, sort_keys=True)
+    text = json.dumps({**checkpoint.config, "quantization_config": entry_of(job, plan)}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
     (partial / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     if checkpoint.pipeline:
         copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
     elif checkpoint.scheduler_folder:
         copy_scheduler(checkpoint.scheduler_folder, partial)
-    (partial / "README.md").write_text(card(job.path.name, checkpoint.class_name, facts), encoding="utf-8")
+    (partial / "README.md").write_text(
+        card(job.path.name if job.path else "", checkpoint.class_name, facts), encoding="utf-8"
+    )
 
 
 def _dtype_inside(checkpoint: Checkpoint, path: str) -> torch.dtype:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ..checkpoint.writer import save_atomic
 from ..console import Reporter, Silent
 from ..models.base import Layout
+from ..routed import everything_runs
+from ..runtime.moe import MoEFeedForward, routed_parts
 from .conditions import Conditions
 from .idle import fill_idle
 from .sensitivity import token_weights
@@ -294,7 +296,27 @@ class _Run:
             return index
         return min(int(timestep / self.range * self.settings.buckets), self.settings.buckets - 1)
 
+    def complete(self) -> None:
+        """Inputs that routing never reached, or whose linear a routed attention does not call: those of one more batch
+        in which everything runs."""
+        wanted = {s.input_key for s in self.layout.sites if s.block} - set(self.collector.inputs)
+        routed = any(not isinstance(part, MoEFeedForward) for part in routed_parts(self.model).values())
+        if not wanted or not routed:
+            return
+        main, times = self.collector, list(self.timesteps)
+        self.collector = _Collector(self.settings)
+        handles = _attach(self.model, self.layout, self.collector)
+        try:
+            with everything_runs(self.model):
+                self.batch(0, *self.batches()[0], lambda steps: None)
+        finally:
+            for handle in handles:
+                handle.remove()
+            extra, self.collector, self.timesteps = self.collector.inputs, main, times
+        main.inputs.update({key: value for key, value in extra.items() if key in wanted})
+
     def result(self) -> Statistics:
+        self.complete()
         fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}

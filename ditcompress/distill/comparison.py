@@ -21,6 +21,7 @@ class Imitating:
         self.training = teacher.training
         self.teacher, self.student = teacher.eval(), student.eval().requires_grad_(False)
         self.data, self.size = data, size
+        self.task: Tensor | None = None  # the last batch's error against its own target, where data have one
         self.outputs = [BlockOutputs(model, blocks) for model in (teacher, student)] if blocks else []
 
     def compare(self, step: int, part: int) -> tuple[Tensor, Tensor]:
@@ -32,6 +33,7 @@ class Imitating:
             wanted = predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
         found = predict(self.student, batch.latents, batch.timestep, batch.cond).float()
         loss = output_loss(found, wanted)
+        self.task = None if batch.target is None else output_loss(found, batch.target)
         if not self.outputs:
             return loss, torch.zeros_like(loss)
         teacher, student = (outputs.take() for outputs in self.outputs)

@@ -1,24 +1,35 @@
-"""Dense feed-forwards into experts: one method, one file; `convert` applies one to every layer of a model."""
+"""Dense feed-forwards, attentions and blocks into experts: one method, one file; `convert` applies one to every
+feed-forward of a model."""
 
 from __future__ import annotations
 
-from ._convert import convert, hidden_of, neuron_importance, specs_for
+from ._blocks import begin_blocks, block_groups
+from ._convert import convert, head_importance, hidden_of, neuron_importance, seed_of, specs_for
 from ._distill import Experts, Weights
-from ._use import measured, token_operations
-from .base import FeedForward, Split, method_of, params_of, registry
+from ._tokens import Tokens, followed
+from ._use import linear_operations, measured, token_operations
+from .base import FeedForward, Numbers, Split, method_of, params_of, registry
 
 __all__ = [
     "Experts",
     "FeedForward",
+    "Numbers",
     "Split",
+    "Tokens",
     "Weights",
+    "begin_blocks",
+    "block_groups",
     "convert",
+    "followed",
+    "head_importance",
     "hidden_of",
+    "linear_operations",
     "measured",
     "method_of",
     "neuron_importance",
     "params_of",
     "registry",
+    "seed_of",
     "specs_for",
     "token_operations",
 ]

@@ -15,16 +15,19 @@ from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, build, convertible
 from ..models.base import Layout
-from ..runtime.moe import MoEFeedForward
+from ..runtime.moe import Choice, Gate, MoEFeedForward
 from ..structure import feed_forward_path, readers, writers
 from .base import FeedForward, Split
 
 
 def specs_for(
-    model: nn.Module, layout: Layout, slices: int, shared: int, active: int, gate: str = "one", offset: bool = False
-) -> dict[str, ExpertLayer]:
+    model: nn.Module, layout: Layout, slices: int, shared: int, active: int, gate: Gate = "one", offset: bool = False,
+    copies: bool = False, choice: Choice = "token",
+) -> dict[str, ExpertLayer]:  # fmt: skip
     """The layer of every feed-forward whose neurons are cut into `slices` equal parts: `shared` of them always on, the
-    others one expert each, `active` of which run. E203 for numbers that do not fit, E205 for a model without any."""
+    others one expert each, `active` of which run; with `copies` each expert holds all of these others.
+
+    E203 for numbers that do not fit, E205 for a model without any."""
     if not 0 <= shared < slices:
         raise DitcompressError("E203", f"--shared {shared}", f"leaves no routed one of {slices}", "give fewer")
     if not 0 <= active <= slices - shared or shared + active == 0:
@@ -44,7 +47,8 @@ def specs_for(
             what = f"does not divide the {size} neurons of {path}"
             raise DitcompressError("E203", f"--experts {slices}", what, f"give for example {nearest}")
         width = size // slices
-        found[path] = ExpertLayer(shared * width, slices - shared, width, active, gate, offset)  # type: ignore[arg-type]
+        own = (slices - shared) * width if copies else width
+        found[path] = ExpertLayer(shared * width, slices - shared, own, active, gate, offset, copies, choice)
     return found
 
 
@@ -93,6 +97,14 @@ def neuron_importance(
     return scores
 
 
+def head_importance(
+    model: nn.Module, layout: Layout, axes: Mapping[str, str], data: Trajectories, *, batches: int, size: int, seed: int
+) -> dict[str, Tensor]:
+    """Taylor score (heads,) of every head by path: the sum over its channels' (see `neuron_importance`)."""
+    scores = neuron_importance(model, layout, axes, data, batches=batches, size=size, seed=seed)
+    return {path: score.reshape(-1, layout.axes[axes[path]].unit_size).sum(1) for path, score in scores.items()}
+
+
 def _taylor(layout: Layout, axis: str, linears: Mapping[str, Any]) -> Tensor:
     """Scores (H,) of one axis from the gradients that are there; gated layers write the axis more than once."""
     size = layout.axes[axis].size
@@ -110,7 +122,8 @@ def _taylor(layout: Layout, axis: str, linears: Mapping[str, Any]) -> Tensor:
     return total
 
 
-def _seed(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """A seed for one part of a model."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
@@ -134,7 +147,7 @@ def convert(
                 hidden_of(model.get_submodule(path), output, given.to(weight.dtype)) if path in tokens
                 else torch.zeros(1, weight.shape[1], device=weight.device),
                 importance[path].to(weight.device) if path in importance else None,
-                torch.Generator().manual_seed(_seed(seed, path)),
+                torch.Generator().manual_seed(seed_of(seed, path)),
             )  # fmt: skip
             split = method.split(layer, params)
             if not all(bool(torch.isfinite(t).all()) for t in (split.router_weight, split.router_bias)):

@@ -8,63 +8,107 @@ runs. The teacher is the dense model, on states of its own trajectories (distill
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..distill.comparison import Imitating
-from ..distill.data import Trajectories
+from ..distill.data import Data
 from ..models.base import Layout
-from ..runtime.moe import Routing, balance_loss, feed_forwards
+from ..routed import RoutedPart
+from ..runtime.blocks import BlockRouter
+from ..runtime.heads import GroupRouter, HeadRouter
+from ..runtime.moe import Routed, Router, Routing, balance_loss, routed_parts
+from ..runtime.task_mask import TaskMask
+from ._blocks import outside_groups
+from ._prior import STEPS, prior_loss
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the losses, the router's learning rate, and whether the shared experts learn too."""
+    """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
+    losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks,
+    `task` the diffusion loss where the data are real."""
 
     output: float = 1.0
     features: float = 1.0
     balance: float = 0.01
     router_rate: float = 1e-3
     shared: bool = True
+    balance_over: Literal["mean", "sum"] = "mean"
+    prior: float = 1.0
+    task: float = 1.0
 
 
 class Experts(Imitating):
-    """The training task: the student is the dense model with expert layers; only these are trained, in place."""
+    """The training task: the student is the dense model with routed parts, trained in place. These are trained, and
+    what they route: attentions whose heads are, blocks of a group."""
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Trajectories, weights: Weights, batch: int
-    ) -> None:
-        super().__init__(teacher, student, data, batch, layout.blocks if weights.features else ())
+        self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Data, weights: Weights, batch: int,
+        routed: Mapping[str, RoutedPart] | None = None,
+    ) -> None:  # fmt: skip
+        blocks = outside_groups(layout, routed or {})
+        super().__init__(teacher, student, data, batch, blocks if weights.features else ())
         self.weights = weights
-        self.layers = feed_forwards(student)
-        self.routings: list[Routing] = []
+        self.layers = routed_parts(student)
+        self.routings: dict[type, list[Routing]] = {}  # by kind of part: blocks are balanced apart from experts
         for layer in self.layers.values():
-            layer.seen = self.routings.append
+            if layer.balanced:
+                layer.seen = self.routings.setdefault(type(layer), []).append
+        self.masks = [m for m in self.layers.values() if isinstance(m, TaskMask)]
+        self.embeddings = self._embeddings() if weights.prior else {}
         for tensor in self.parameters().values():
             tensor.requires_grad_(True)
+
+    @torch.no_grad()
+    def _embeddings(self) -> dict[int, Tensor]:
+        """Of every timestep (STEPS, D), by what embeds it, which is not trained."""
+        device = next(self.student.parameters()).device
+        return {id(m.time): m.time.at(torch.arange(STEPS, device=device)) for m in self.masks}
 
     def parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
-            found |= {f"{path}.router.{name}": getattr(layer.router, name) for name in layer.router.STORED}
-            for name, parameter in layer.named_parameters():
-                if self.weights.shared or not name.startswith("shared."):
-                    found[f"{path}.{name}"] = parameter
+            for owner in _trained_with(path, layer):
+                found |= self._inside(owner)
+        return found
+
+    def _inside(self, path: str) -> dict[str, Tensor]:
+        module = self.student.get_submodule(path)
+        found: dict[str, Tensor] = {}
+        for name, part in module.named_modules():
+            if isinstance(part, Router):
+                start = ".".join(filter(None, (path, name)))
+                found |= {f"{start}.{stored}": getattr(part, stored) for stored in part.STORED}
+        for name, parameter in module.named_parameters():
+            if self.weights.shared or not name.startswith("shared."):
+                found[f"{path}.{name}"] = parameter
         return found
 
     def rates(self) -> dict[str, float]:
-        return {name: self.weights.router_rate for name in self.parameters() if ".router." in name}
+        routers = tuple(f"{path}." for path, m in self.student.named_modules() if isinstance(m, Router))
+        return {name: self.weights.router_rate for name in self.parameters() if name.startswith(routers)}
 
     def loss(self, step: int, part: int) -> Tensor:
         weights = self.weights
-        self.routings.clear()
+        for found in self.routings.values():
+            found.clear()
         output, features = self.compare(step, part)
         loss = weights.output * output + weights.features * features
-        if self.routings and weights.balance:
-            parts = [balance_loss(r.probabilities, r.chosen) for r in self.routings]
-            loss = loss + weights.balance * torch.stack(parts).mean()
+        if self.task is not None:
+            loss = loss + weights.task * self.task
+        for found in self.routings.values() if weights.balance else ():
+            if not found:  # nothing is routed: all active, or none
+                continue
+            every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in found])
+            loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())
+        if self.masks and weights.prior:
+            gates = [m.probabilities(self.embeddings[id(m.time)]) for m in self.masks]
+            loss = loss + weights.prior * prior_loss(gates, self.masks[0].active)
         return loss
 
     def finish(self) -> None:
@@ -75,3 +119,14 @@ class Experts(Imitating):
         for tensor in self.parameters().values():
             tensor.requires_grad_(False)
             tensor.grad = None
+
+
+def _trained_with(path: str, layer: Routed) -> list[str]:
+    """Modules that learn with a routed part: itself, or the attention or the blocks that it belongs to."""
+    owner = path.rpartition(".")[0]
+    if isinstance(layer, (HeadRouter, GroupRouter)):
+        return [owner]
+    if isinstance(layer, BlockRouter):
+        blocks, _, first = owner.rpartition(".")
+        return [f"{blocks}.{int(first) + place}" for place in range(layer.count)]
+    return [path]

@@ -1,7 +1,14 @@
 """What a method that splits a feed-forward is given and gives back, and the closed-form parts that methods share.
 
 A method is a module of this folder. It exports `Params`, `NEEDS` ("tokens": inputs from calibration, "importance":
-Taylor scores of the neurons) and `split(layer, params) -> Split`.
+Taylor scores of the neurons) and `split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts
+count when nothing is asked, and BALANCE_OVER ("mean", or "sum" over layers). `offsets`, `copies` and
+`choice` of the parameters go into the layer's entry. NUMBERS are its own for --experts, --shared and --active, where
+these are not given; BLOCKS_ACTIVE that of --blocks-active.
+
+A method of other parts than feed-forwards exports `routed(model, layout, numbers, params, importance)`, which says what
+is routed by path, and `begin(part, params, generator)`, which fills the routers; with or without `split`. "heads" in
+NEEDS asks for Taylor scores (heads,) of the attentions: `importance` is empty where nothing has run yet.
 
 Shapes: T tokens, D features, H neurons, E routed experts, k of them active. The dense layer is y = W h(x) + b with
 h(x) (H,) the input of the output linear (after the activation, and after the gate of gated ones) and W (D, H).
@@ -9,7 +16,7 @@ h(x) (H,) the input of the output linear (after the activation, and after the ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -23,7 +30,18 @@ from ..experts import ExpertLayer
 from ..formats.base import StrictParams
 from ..registry import Registry, nearest
 
-registry = Registry("ditcompress.mixture", "method", ("Params", "NEEDS", "split"))
+registry = Registry("ditcompress.mixture", "method", ("Params", "NEEDS"))
+
+Importance = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """--experts, --shared and --active; None where the method counts by itself."""
+
+    experts: int | None = 8
+    shared: int | None = 1
+    active: int | None = 2
 
 
 @dataclass(frozen=True)
@@ -62,8 +80,8 @@ class Split:
 
     @property
     def order(self) -> list[int]:
-        """All neurons: those of the shared expert first, then of each expert."""
-        return [int(i) for i in torch.cat([self.shared, *self.experts])]
+        """All neurons: those of the shared expert first, then of each expert; of copies each once."""
+        return list(dict.fromkeys(int(i) for i in torch.cat([self.shared, *self.experts])))
 
 
 def method_of(name: str) -> ModuleType:

@@ -143,7 +143,13 @@ def picture(image: Tensor, low: float, high: float, size: int = 96) -> str:
 
     data = ((image[:3] if image.shape[0] >= 3 else image[:1]) - low) / max(high - low, 1e-12)
     pixels = (data.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    shown = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return _png(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), size)
+
+
+def _png(shown: Any, size: int) -> str:
+    """A PIL image, enlarged by a whole factor to about `size` pixels."""
+    from PIL import Image
+
     scale = max(1, size // max(shown.size))
     shown = shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
@@ -204,3 +210,30 @@ def pareto(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str) -> s
             axes.annotate(p["name"], (p["x"], p["y"]), xytext=(6, 5), textcoords="offset points", fontsize=9)
         axes.margins(x=0.18, y=0.15)
         return _svg(figure)
+
+
+def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str, label: str) -> str:
+    """A table as colours; rows may be of different lengths, "" leaves a row without a name."""
+    width = max(map(len, values))
+    table = np.full((len(values), width), np.nan)
+    for place, row in enumerate(values):
+        table[place, : len(row)] = row
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, min(24.0, max(1.6, 0.8 + 0.16 * len(values)))))
+        drawn = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
+        named = [place for place, name in enumerate(rows) if name]
+        axes.set_yticks(named, [rows[place] for place in named], fontsize=7)
+        shown = range(0, width, max(1, width // 12))
+        axes.set_xticks(list(shown), [columns[place] for place in shown], fontsize=8)
+        axes.set_xlabel(x)
+        figure.colorbar(drawn, ax=axes, label=label)
+        return _svg(figure)
+
+
+def tokens(experts: Tensor, size: int = 96) -> str:
+    """The expert (rows, columns) of every token as colours, the same for the same number everywhere; -1 is black."""
+    from PIL import Image
+
+    colours = (np.asarray(plt.get_cmap("tab20")(np.arange(20) % 20))[:, :3] * 255).round().astype(np.uint8)
+    shown = np.where(experts.numpy()[..., None] < 0, np.uint8(0), colours[experts.numpy() % 20])
+    return _png(Image.fromarray(shown), size)

@@ -18,7 +18,7 @@ from ditcompress.models._table import is_linear
 from ditcompress.runtime.moe import MoEFeedForward, balance_loss, feed_forwards, idle_parameters
 
 FAMILIES = [name for name in families.names() if name != "generic"]  # its tiny model, a Sana, has convolutions
-METHODS = ("random", "dense2moe", "moe_best")
+METHODS = ("random", "dense2moe", "moe_best", "dit_moe")
 
 
 def tokens_for(layout: object, axes: dict[str, str], model: nn.Module, count: int = 128) -> dict[str, torch.Tensor]:
