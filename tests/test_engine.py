@@ -60,6 +60,8 @@ def quick(name: str) -> recipe.Recipe:
     rules = []
     for rule in found.rules:
         steps = [StepSpec(s.name, {**s.params, **LESS.get(s.name, {})}) for s in rule.steps]
+        steps = [StepSpec(s.name, {**s.params, "options": s.params["options"][:3]}) if s.params.get("options") else s
+                 for s in steps]  # fmt: skip
         rules.append(rule.model_copy(update={"steps": tuple(steps)}))
     fewer = {"rules": tuple(rules), "prune": None, "distill": None, "report": None}  # stages: see test_chain.py
     if found.training is not None:

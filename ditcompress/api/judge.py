@@ -18,7 +18,6 @@ from ..evaluation.digits import digits_folder
 from ..evaluation.quality import Sources
 from ..evaluation.settings import EvaluateSettings
 from ..recipe import parse_recipe
-from ..report.html import read_report, render, write_report
 from .calibration import cache_folder, pick_device, pick_dtype, read_prompts
 from .compress import quantize
 
@@ -60,6 +59,8 @@ def evaluate(
     folder of local weights for extractors and external metrics. Profile and margins that are not given are those of
     the recipe. With `out`, an interrupted run keeps its finished images.
     """
+    from ..report.html import write_report  # matplotlib: not for other commands
+
     pick_dtype(dtype)
     asked = EvaluateSettings(device=str(pick_device(device)), dtype=dtype, **_declared(Path(compressed), settings))
     options: dict[str, Any] = {
@@ -111,6 +112,8 @@ def _marks(original: Path, compressed: Path, settings: EvaluateSettings, options
 
 def report(folder: str | Path, *, write: bool = True) -> dict[str, Any]:
     """The JSON of a report folder; report.html is rendered again."""
+    from ..report.html import read_report, render
+
     result, images = read_report(Path(folder))
     if write:
         page = Path(folder) / "report.html"

@@ -16,8 +16,6 @@ from ..evaluation import layouts
 from ..evaluation.sampling import sample_set
 from ..evaluation.settings import EvaluateSettings
 from ..evaluation.subject import open_single
-from ..report.html import read_report
-from ..report.runs import Run, compare_facts, render_runs, run_names
 from .calibration import pick_device, pick_dtype, read_prompts
 
 
@@ -36,6 +34,9 @@ def compare(
     if len(runs) < 2:
         raise DitcompressError("E203", "RUN", "one run cannot be compared", "give two or more report folders")
     folders = [Path(run) for run in runs]
+    from ..report.html import read_report  # matplotlib: not for other commands
+    from ..report.runs import Run, compare_facts, render_runs, run_names
+
     results = [read_report(folder)[0] for folder in folders]
     names = run_names(folders, results)
     facts = compare_facts([Run(n, r) for n, r in zip(names, results, strict=True)], x, y)

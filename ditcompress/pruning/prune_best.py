@@ -24,9 +24,11 @@ MOST_WIDTH = 0.9
 
 
 class Params(ProbeParams):
-    """`divisions`: how many of the divisions are measured (0: all), spread evenly."""
+    """`divisions`: how many of the divisions are measured (0: all), spread evenly; `rounds` of `obs-diff` when they are
+    compared."""
 
     divisions: int = Field(6, ge=0)
+    rounds: int = Field(128, ge=1)
 
 
 def scores(context: Context, params: Params) -> Scores:
@@ -42,7 +44,7 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
     with context.reporter.task("divisions between depth and width", len(able)) as advance:
         found: list[tuple[float, int]] = []
         for units in able:
-            found.append((damage(context, units), len(found)))
+            found.append((damage(context, params, units), len(found)))
             advance(1)
     return able[min(found)[1]] if found else order
 
@@ -79,7 +81,7 @@ def _narrowable(context: Context) -> dict[str, float]:
     return {block: rate * count for block, count in inside.items()}
 
 
-def damage(context: Context, units: Sequence[str]) -> float:
+def damage(context: Context, params: Params, units: Sequence[str]) -> float:
     """Share of the prediction's energy that is wrong without `units` and the width that fills the budget."""
     from . import width as widths
     from .width import obs_diff
@@ -95,6 +97,8 @@ def damage(context: Context, units: Sequence[str]) -> float:
         depth = Depth((), {}, {}, depth_of(shortened(config, context.depth, blocks), layout).lists)
         inner = widths.Context(model, context.adapter, layout, depth, {}, 0.0, context.probes, context.seed,
                                context.reporter, ratio=ratio, config=config, _outputs=references)  # fmt: skip
-        found = widths.narrowing(inner, obs_diff, widths.cut_axes(layout, "both"), obs_diff.Params())
+        found = widths.narrowing(
+            inner, obs_diff, widths.cut_axes(layout, "both"), obs_diff.Params(rounds=params.rounds)
+        )
     assert found.damage is not None
     return found.damage

@@ -25,7 +25,17 @@ from ditcompress.pruning.taylor import changes
 from .models import DEPTHS, deep, inputs, run
 
 METHODS = methods.names()
-FEW = {"samples": 2, "steps": 3, "timesteps": 2, "batch": 2, "updates": 2, "rows": 2, "images": 2}
+FEW = {
+    "samples": 2,
+    "steps": 3,
+    "timesteps": 2,
+    "batch": 2,
+    "updates": 2,
+    "rows": 2,
+    "images": 2,
+    "divisions": 2,
+    "rounds": 2,
+}
 
 
 def few(name: str) -> list[str]:
@@ -48,7 +58,8 @@ def context(name: str, model: nn.Module, target: float = 0.5) -> Context:
 def test_every_method_gives_a_valid_selection_for_every_family(name: str, family: str) -> None:
     model = deep(family)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, second = (prune(model, 0.4, method=name, overrides=few(name), seed=3) for _ in range(2))
+    coarse = {"overrides": few(name), "width_overrides": ["rounds=2", "samples=2", "steps=3"]}
+    first, second = (prune(model, 0.4, method=name, seed=3, **coarse) for _ in range(2))
     assert first.facts == second.facts
     removed, total = set(first.facts["removed"]), registry.get(family).layout(model).blocks
     assert (removed or first.facts["width"]) and removed < set(total) and not removed & set(first.facts["fixed"])

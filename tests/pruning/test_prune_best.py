@@ -14,7 +14,8 @@ from ditcompress.models import adapter_for, build_meta
 from ditcompress.pruning import parameters
 from ditcompress.pruning.prune_best import MOST_WIDTH
 
-FEW = ["samples=2", "steps=4"]
+FEW = ["samples=2", "steps=3"]
+COARSE = ["divisions=3", "rounds=8"]
 
 
 def block_parameters(model: object) -> float:
@@ -24,9 +25,9 @@ def block_parameters(model: object) -> float:
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_the_budget_is_kept_and_nothing_is_worse_than_depth_alone(tmp_path: Path, ratio: float) -> None:
-    options = {"overrides": FEW, "seed": 1, "device": "cpu"}
-    best = api.prune(digits_folder(), ratio, tmp_path / "best", method="prune-best", **options)  # type: ignore[arg-type]
-    depth = api.prune(digits_folder(), ratio, method="oracle-greedy", dry_run=True, **options)  # type: ignore[arg-type]
+    best = api.prune(digits_folder(), ratio, tmp_path / "best", method="prune-best", seed=1, overrides=[*FEW, *COARSE],
+                     width_overrides=["rounds=8"])  # fmt: skip
+    depth = api.prune(digits_folder(), ratio, method="oracle-greedy", seed=1, overrides=FEW, dry_run=True)
     assert best.facts["output_sqnr_db"] >= depth.facts["output_sqnr_db"]
     assert best.facts["width"] and 0 < best.facts["width"]["width_ratio"] <= MOST_WIDTH
     model, _ = load_model(tmp_path / "best")
@@ -37,4 +38,4 @@ def test_the_budget_is_kept_and_nothing_is_worse_than_depth_alone(tmp_path: Path
 
 def test_its_own_width_goes_with_no_other() -> None:
     with pytest.raises(DitcompressError, match="E203"):
-        api.prune(digits_folder(), 0.3, method="prune-best", width_ratio=0.2, overrides=FEW, dry_run=True)
+        api.prune(digits_folder(), 0.3, method="prune-best", width_ratio=0.2, overrides=[*FEW, *COARSE], dry_run=True)
