@@ -30,7 +30,8 @@ def small(**sections: Any) -> recipe.Recipe:
 
 def test_stages_run_in_order_into_one_folder_with_one_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    chosen = small(report={"pairs": 4, "images": 16}, evaluation={"profile": "quality"})
+    prune = {"ratio": 0.5, "method": "magnitude", "width_ratio": 0.25, "width_method": "magnitude"}
+    chosen = small(prune=prune, report={"pairs": 4, "images": 16}, evaluation={"profile": "quality"})
     result = api.run_recipe(digits_folder(), chosen, out, device="cpu")
     assert list(result.stages) == ["prune", "distill", "quantize"] and result.path == out
     model, _ = load_model(out)
@@ -42,6 +43,9 @@ def test_stages_run_in_order_into_one_folder_with_one_report(tmp_path: Path) -> 
     page = (out / "report" / "report.html").read_text()
     assert result.report is not None and result.report["verdict"] in page
     assert result.report["sizes"]["compressed"]["parameters"] < result.report["sizes"]["original"]["parameters"]
+    layers = {layer["name"]: layer["sqnr_db"] for layer in result.report["layers"]}
+    assert layers["transformer_blocks.5.ff.net.0.proj"] is None  # narrower: nothing to compare with
+    assert layers["transformer_blocks.5.ff.net.2"] > -20 and layers["transformer_blocks.0.norm1.linear"] > 20
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     listed = json.loads((out / "manifest.json").read_text())
     assert any("report/report.html" in str(name) for name in listed["files"])

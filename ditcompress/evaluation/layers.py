@@ -7,7 +7,8 @@ a layer includes what its predecessors added. Diagnostic only: nothing is gated 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from ..bnb import DecodedLinear
 from ..calibration.trajectory import StepRecord
+from ..distill.matching import read_kept
 from ..measures import cosine, sqnr_db
+from ..models import renamed
 from ..runtime.linear import PackedLinear, kernel_for
 from .subject import Subject
 
@@ -27,8 +30,9 @@ IMAGES = 4
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """SQNR in dB and cosine of one linear's output; `bits` are stored bits per weight; `weight_sqnr_db` is that of the
-    weight itself as `quantize` recorded it (None where there is no record)."""
+    """SQNR in dB and cosine of one linear's output, NaN where it is narrower than the original's; `bits` are stored
+    bits per weight; `weight_sqnr_db` is that of the weight itself as `quantize` recorded it (None where there is no
+    record)."""
 
     name: str
     role: str
@@ -67,7 +71,10 @@ def compare_layers(subject: Subject) -> list[LayerOutput]:
     """One record for each packed linear, in forward order, on a few images in the middle of their trajectory."""
     kinds = (PackedLinear, DecodedLinear)
     known = {name for name, _ in subject.original.named_modules()}  # a linear of an expert has no counterpart
-    packed = {n: m for n, m in subject.compressed.named_modules() if isinstance(m, kinds) and n in known}
+    layout = subject.adapter.layout(subject.original)
+    kept = read_kept(subject.result.folder, layout.blocks) or {}  # blocks of a pruned model have other numbers
+    was = {n: renamed(n, kept) for n, m in subject.compressed.named_modules() if isinstance(m, kinds)}
+    packed = {n: m for n, m in subject.compressed.named_modules() if n in was and was[n] in known}
     if not packed:
         return []
     indices = list(range(min(IMAGES, subject.conditions.count)))
@@ -81,16 +88,21 @@ def compare_layers(subject: Subject) -> list[LayerOutput]:
     record = middle[0]
     timestep = torch.as_tensor(record.timestep).expand(len(indices))
     found = {}
-    for key, model in (("original", subject.original), ("compressed", subject.compressed)):
-        with captured(model, list(packed)) as outputs:
+    for key, model, places in (
+        ("original", subject.original, [was[name] for name in packed]), ("compressed", subject.compressed, list(packed))
+    ):  # fmt: skip
+        with captured(model, places) as outputs:
             subject.predict(model, record.model_input, timestep, torch.tensor(indices), False)
         found[key] = outputs
-    layout = subject.adapter.layout(subject.original)
     roles = {site.name: (site.role, site.block) for site in layout.sites}
     order = {site.name: place for place, site in enumerate(layout.sites)}
-    names = sorted((n for n in packed if n in found["original"]), key=lambda n: order.get(n, len(order)))
+    names = sorted((n for n in packed if was[n] in found["original"]), key=lambda n: order.get(was[n], len(order)))
     recorded = recorded_weight_sqnr(subject.result.folder)
-    return [_one(name, packed[name], found, roles, recorded.get(name)) for name in names]
+    return [
+        _one(name, packed[name], found["original"][was[name]], found["compressed"][name],
+             roles.get(was[name], ("other", "")), recorded.get(name))
+        for name in names
+    ]  # fmt: skip
 
 
 def recorded_weight_sqnr(folder: Path) -> dict[str, float]:
@@ -106,12 +118,13 @@ def recorded_weight_sqnr(folder: Path) -> dict[str, float]:
 def _one(
     name: str,
     layer: PackedLinear | DecodedLinear,
-    found: Mapping[str, Mapping[str, Tensor]],
-    roles: Mapping[str, tuple[str, str]],
+    reference: Tensor,
+    output: Tensor,
+    place: tuple[str, str],
     weight_sqnr: float | None,
 ) -> LayerOutput:
-    reference, output = found["original"][name], found["compressed"][name]
-    role, block = roles.get(name, ("other", ""))
+    role, block = place
+    alike = reference.shape == output.shape  # a narrower linear has fewer outputs: there is nothing to compare
     weights = layer.in_features * layer.out_features
     rows = output.flatten(0, -2)
     constant = (
@@ -123,8 +136,8 @@ def _one(
         name=name,
         role=role,
         block=block,
-        sqnr_db=sqnr_db(reference, output),
-        cosine=cosine(reference, output),
+        sqnr_db=sqnr_db(reference, output) if alike else math.nan,
+        cosine=cosine(reference, output) if alike else math.nan,
         weights=weights,
         **_stored(layer, weights),
         dead=constant or not bool(torch.isfinite(output).all()),
