@@ -214,19 +214,20 @@ class Context:
         """Whether the saved cost is as near to the target as whole units allow."""
         return self.saved(units) >= self.target - min(self.costs.values(), default=0.0) / 2 * (1 + 1e-9)
 
+    def fitting(self, removed: Collection[str], keep: Collection[str] = ()) -> list[str]:
+        """Units that may go next without overshooting the target by more than half of their cost; none once enough is
+        saved."""
+        if self.enough(removed):
+            return []
+        most = self.target * (1 + 1e-9)
+        return [n for n in self.removable(removed, keep) if self.saved(removed) + self.costs[n] / 2 <= most]
+
 
 def lowest_first(context: Context, scores: Scores) -> list[str]:
     """Units in the order of their score until enough is saved; one that would overshoot by more than half of its cost
     is passed over. Ties go in forward order."""
     removed: list[str] = []
-    while not context.enough(removed):
-        allowed = [
-            name
-            for name in context.removable(removed, scores.keep)
-            if context.saved(removed) + context.costs[name] / 2 <= context.target * (1 + 1e-9)
-        ]
-        if not allowed:
-            break
+    while allowed := context.fitting(removed, scores.keep):
         removed.append(min(allowed, key=lambda name: scores.values[name]))
     return removed
 

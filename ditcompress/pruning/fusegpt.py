@@ -72,14 +72,7 @@ def scores(context: Context, params: Params) -> Scores:
 def select(context: Context, params: Params, scores: Scores) -> list[str]:
     """Units in the order in which they go."""
     removed: list[str] = []
-    while not context.enough(removed):
-        allowed = [
-            name
-            for name in context.removable(removed, scores.keep)
-            if context.saved(removed) + context.costs[name] / 2 <= context.target * (1 + 1e-9)
-        ]
-        if not allowed:
-            break
+    while allowed := context.fitting(removed, scores.keep):
         trials = {n: influence(context, [*removed, n]) if removed else scores.values[n] for n in allowed}
         removed.append(min(allowed, key=lambda name: trials[name]))
     return removed

@@ -29,14 +29,7 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
     removed: list[str] = []
     damage = 0.0
     with context.reporter.task("greedy removals", max(1, len(context.names))) as advance:
-        while not context.enough(removed):
-            allowed = [
-                name
-                for name in context.removable(removed, scores.keep)
-                if context.saved(removed) + context.costs[name] / 2 <= context.target * (1 + 1e-9)
-            ]
-            if not allowed:
-                break
+        while allowed := context.fitting(removed, scores.keep):
             trials = {n: context.damage([*removed, n]) if removed else scores.values[n] for n in allowed}
             best = min(allowed, key=lambda name: (trials[name] - damage) / context.costs[name])
             removed.append(best)

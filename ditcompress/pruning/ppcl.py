@@ -103,14 +103,7 @@ def _absorbed(
         n: max(inside[b] for b in context.blocks(n)) for n in context.names if inside.keys() >= {*context.blocks(n)}
     }
     removed: list[str] = []
-    while not context.enough(removed):
-        allowed = [
-            name
-            for name in context.removable(removed, keep)
-            if context.saved(removed) + context.costs[name] / 2 <= context.target * (1 + 1e-9)
-        ]
-        if not allowed:
-            break
+    while allowed := context.fitting(removed, keep):
         within = [name for name in allowed if name in ranked] or allowed
         now = context.depth.of(removed)
         before = loss_of(chains, now)

@@ -96,15 +96,8 @@ def _shares(context: Context, groups: Sequence[Sequence[str]]) -> list[int]:
     """How many units each group gives up: one at a time where the smallest share would be gone, until enough is."""
     less = [0] * len(groups)
     removed: list[str] = []
-    while not context.enough(removed):
-        allowed = set(context.removable(removed))
-        fits = [
-            number
-            for number, names in enumerate(groups)
-            if less[number] < len(names)
-            and names[less[number]] in allowed
-            and context.saved(removed) + context.costs[names[less[number]]] / 2 <= context.target * (1 + 1e-9)
-        ]
+    while allowed := context.fitting(removed):
+        fits = [n for n, names in enumerate(groups) if less[n] < len(names) and names[less[n]] in allowed]
         if not fits:
             break
         best = min(fits, key=lambda number: (less[number] + 1) / len(groups[number]))
