@@ -3,7 +3,9 @@
 Layouts of a matrix (N, K): one scale per `tensor`; per `row`; per `group` of consecutive input columns in a row; per
 `column_group` of rows that share an input column (only `int`, for DiTAS). A last group may be shorter.
 
-Stored as float32, bfloat16 or float16, or as `uint8`: eight bits for each group times a float16 for each row.
+Stored as float32, bfloat16 or float16, or in two levels, a whole number for each group times a float16 for each row:
+`uint8`, eight bits a group, or `uint4`, four bits a group chosen such that a code times its group's number is an INT8,
+so that integer products run the weight without rounding it again (as QServe's progressive groups, arXiv 2405.04532).
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._bits import pack_bits, packed_width, unpack_bits
+
 ScaleType = Literal["float32", "float16", "bfloat16", "uint8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Below it a stored scale keeps too few digits (float16: 4 bits are left), or its reciprocal overflows.
-SMALLEST = {"float32": 2.0**-100, "bfloat16": 2.0**-100, "float16": 2.0**-20, "uint8": 2.0**-20}
+SMALLEST = {"float32": 2.0**-100, "bfloat16": 2.0**-100, "float16": 2.0**-20, "uint8": 2.0**-20, "uint4": 2.0**-20}
+INT8_TOP, UINT4_TOP = 127, 16
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -45,6 +50,8 @@ def expand(values: Tensor, layout: str, group: int, shape: tuple[int, int], colu
     """Grid values broadcastable against the weight columns `columns`."""
     if layout == "group" and columns.start // group == (columns.stop - 1) // group:
         return values[:, columns.start // group, None]
+    if layout == "group" and columns == slice(0, values.shape[1] * group):
+        return values.unsqueeze(-1).expand(-1, -1, group).reshape(values.shape[0], -1)
     if layout == "group":
         index = torch.arange(columns.start, columns.stop, device=values.device) // group
         return values[:, index]
@@ -77,16 +84,22 @@ def whole(columns: int, part: slice | None) -> slice:
     return slice(0, columns) if part is None else part
 
 
-def row_scales(scale: Tensor, kind: str) -> Tensor | None:
-    """The float16 row scale under which `scale` fits eight bits; None unless scales are two-level."""
-    if kind != "uint8":
+def row_scales(scale: Tensor, kind: str, reach: Tensor | float = 1.0) -> Tensor | None:
+    """The float16 row scale under which `scale` fits the bits of a group; None unless scales are two-level.
+
+    `reach`: the largest magnitude of a code, in the shape of the scales, which bounds `uint4`."""
+    if kind not in ("uint8", "uint4"):
         return None
-    low = SMALLEST[kind]
-    return (scale.amax(1, keepdim=True) / 255).clamp(low, _LARGEST).to(torch.float16).float()
+    top = scale.amax(1, keepdim=True)
+    row = top / 255 if kind == "uint8" else torch.maximum((scale * reach).amax(1, keepdim=True) / INT8_TOP, top / 16)
+    return row.clamp(SMALLEST[kind], _LARGEST).to(torch.float16).float()
 
 
-def rounded(scale: Tensor, kind: str, row: Tensor | None) -> Tensor:
+def rounded(scale: Tensor, kind: str, row: Tensor | None, reach: Tensor | float = 1.0) -> Tensor:
     """Scales as they will be read back, float32."""
+    if kind == "uint4":
+        most = torch.div(INT8_TOP, torch.as_tensor(reach), rounding_mode="floor").clamp(1, UINT4_TOP).to(scale.device)
+        return torch.minimum(torch.round(scale / row), most).clamp_min(1) * row
     if row is not None:
         return torch.round(scale / row).clamp(1, 255) * row
     if kind == "float16":
@@ -145,8 +158,9 @@ def fit_scale(
 
 def declare(kind: str, grid: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the stored scales."""
-    if kind == "uint8":
-        return {"scale": (grid, torch.uint8), "row_scale": ((grid[0], 1), torch.float16)}
+    if kind in ("uint8", "uint4"):
+        width = grid[1] if kind == "uint8" else packed_width(grid[1], 4)
+        return {"scale": ((grid[0], width), torch.uint8), "row_scale": ((grid[0], 1), torch.float16)}
     return {"scale": (grid, DTYPES[kind])}
 
 
@@ -154,13 +168,19 @@ def store(scale: Tensor, row: Tensor | None, kind: str) -> dict[str, Tensor]:
     """The stored scales, as `declare` declares them."""
     if row is None:
         return {"scale": scale.to(DTYPES[kind])}
-    return {"scale": torch.round(scale / row).to(torch.uint8), "row_scale": row.to(torch.float16)}
+    number = torch.round(scale / row).to(torch.uint8)
+    return {"scale": pack_bits(number - 1, 4) if kind == "uint4" else number, "row_scale": row.to(torch.float16)}
 
 
-def load(tensors: Mapping[str, Tensor], kind: str) -> Grid:
-    """The inverse of `store`."""
-    row = tensors["row_scale"].float() if kind == "uint8" else None
-    scale = tensors["scale"].float()
+def numbers(tensors: Mapping[str, Tensor], groups: int) -> Tensor:
+    """The whole numbers 1 to 16 of `uint4` scales, uint8 (N, groups)."""
+    return unpack_bits(tensors["scale"], 4, groups) + 1
+
+
+def load(tensors: Mapping[str, Tensor], kind: str, groups: int = 0) -> Grid:
+    """The inverse of `store`; `groups` of a row, which only `uint4` needs."""
+    row = tensors["row_scale"].float() if kind in ("uint8", "uint4") else None
+    scale = numbers(tensors, groups).float() if kind == "uint4" else tensors["scale"].float()
     return Grid(scale if row is None else scale * row, row)
 
 

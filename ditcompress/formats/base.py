@@ -12,6 +12,8 @@ A format module exports `Params` and five functions; GPTQ, learned rounding and 
 A format may also export
 
     refit(weight, codes, grid, params, hessian) -> grid or None   the best scales or codebook for given codes
+    as_int8(tensors, params, shape) -> (codes, scale) or None   the decoded weight as INT8 (out, in) times a scale a row
+                                       (out, 1), exactly: what integer products run
     width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
     nearest_in(target, grid, params, metric) -> codes              with width: the nearest vectors in a metric
 
@@ -70,6 +72,14 @@ def stored_layout(spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[t
     """{suffix: (shape, dtype)} of the tensors a weight of `shape` is stored as."""
     module, params = resolve(spec)
     return module.layout(params, shape)
+
+
+def as_int8(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """The decoded weight as INT8 (out, in) times a float32 scale a row (out, 1), exactly; None where its values are
+    not of that kind."""
+    module, params = resolve(spec)
+    found: tuple[Tensor, Tensor] | None = module.as_int8(tensors, params, shape) if hasattr(module, "as_int8") else None
+    return found
 
 
 def dequantize(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:

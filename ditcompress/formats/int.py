@@ -4,8 +4,8 @@ Layouts: one scale per `tensor`; per `row`; per `group` of consecutive input col
 rows that share one input column (DiTAS: a per-input-channel factor folds into the scales exactly). A last group may
 be shorter than the others, so every width is legal.
 
-Scales are stored as float32, bfloat16 or float16, or as `uint8`: eight bits for each group times a float16 for each
-row, which is how small groups stay cheap. Zeros are stored in `bits` bits next to the codes ("code"), or as int16.
+Scales are stored as float32, bfloat16 or float16, or in two levels (`uint8`, `uint4`: `_scales.py`), which is how small
+groups stay cheap; with `uint4` the decoded weight is INT8 times one scale a row. Zeros are stored in `bits` bits next to the codes ("code"), or as int16.
 Shapes: N rows (out), K columns (in), G groups.
 """
 
@@ -32,15 +32,19 @@ class Params(StrictParams):
     layout: Literal["tensor", "row", "group", "column_group"] = "row"
     group: int = Field(32, ge=2)
     symmetric: bool = True
-    scale: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
+    scale: Literal["float32", "float16", "bfloat16", "uint8", "uint4"] = "float32"
     zero: Literal["code", "int16"] = "code"
     levels: Literal["full", "minus_one"] = "minus_one"
     clip: int = Field(1, ge=1, le=100)
 
     @model_validator(mode="after")
     def _two_level_needs_groups(self) -> Params:
-        if self.scale == "uint8" and self.layout != "group":
-            raise ValueError("scale: uint8 needs layout: group")
+        if self.scale in ("uint8", "uint4") and self.layout != "group":
+            raise ValueError(f"scale: {self.scale} needs layout: group")
+        if self.scale == "uint4" and not self.symmetric and self.zero != "code":
+            raise ValueError("scale: uint4 needs zero: code")
+        if self.scale == "uint4" and not self.symmetric and self.bits == 8:
+            raise ValueError("scale: uint4 leaves room for 7 bits; take layout: row for INT8")
         return self
 
 
@@ -85,8 +89,10 @@ def _scale_zero(low: Tensor, high: Tensor, params: Params) -> tuple[Tensor, Tens
 
 def make_grid(scale: Tensor, zero: Tensor | None, params: Params) -> Grid:
     """A grid whose scales are rounded to their stored precision."""
-    row = _scales.row_scales(scale, params.scale)
-    return Grid(_scales.rounded(scale, params.scale, row), zero, row)
+    lowest, highest = _code_range(params)
+    reach = float(max(highest, -lowest)) if zero is None else torch.maximum(zero, highest - zero).float()
+    row = _scales.row_scales(scale, params.scale, reach)
+    return Grid(_scales.rounded(scale, params.scale, row, reach), zero, row)
 
 
 def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Grid:
@@ -99,7 +105,7 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
 
     def decode(values: Tensor, candidate: tuple[Tensor, ...]) -> Tensor:
         scale = candidate[0]
-        if params.scale != "uint8":  # the row scale of the two-level form is only known after the search
+        if params.scale not in ("uint8", "uint4"):  # the row scale of the two-level form is only known after the search
             scale = _scales.rounded(scale, params.scale, None)
         return _round_trip(values, scale.unsqueeze(-1), candidate[1] if len(candidate) > 1 else None, params)
 
@@ -182,7 +188,7 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
         codes = packed.to(torch.int32)
     else:
         codes = unpack_bits(packed, params.bits, shape[1]).to(torch.int32) + lowest
-    scales = _scales.load(tensors, params.scale)
+    scales = _scales.load(tensors, params.scale, _grid_shape(params, shape)[1])
     zero = None
     if not params.symmetric:
         zero = tensors["zero"]
@@ -190,3 +196,25 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
             zero = unpack_bits(zero, params.bits, _grid_shape(params, shape)[1])
         zero = zero.to(torch.int32)
     return codes, Grid(scales.scale, zero, scales.row_scale)
+
+
+def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """The weight as INT8 (N, K) times a float32 scale a row (N, 1), exactly; None where it is not of that kind."""
+    if params.layout in ("row", "tensor") and params.symmetric:
+        codes = tensors["qweight"]
+        if codes.dtype != torch.int8:
+            codes = (unpack_bits(codes, params.bits, shape[1]) + _code_range(params)[0] % 256).view(torch.int8)
+        return codes, tensors["scale"].float().expand(shape[0], 1)
+    if params.scale != "uint4":
+        return None
+    groups = _grid_shape(params, shape)[1]
+    spare = groups * params.group - shape[1]
+    codes = torch.nn.functional.pad(unpack_bits(tensors["qweight"], params.bits, shape[1]), (0, spare))
+    if params.symmetric:
+        codes += _code_range(params)[0] % 256
+        units = codes.view(torch.int8).reshape(shape[0], groups, -1)
+    else:
+        zero = unpack_bits(tensors["zero"], params.bits, groups)
+        units = codes.reshape(shape[0], groups, -1).sub_(zero.unsqueeze(-1)).view(torch.int8)
+    units = units.mul_(_scales.numbers(tensors, groups).view(torch.int8).unsqueeze(-1))
+    return units.reshape(shape[0], -1)[:, : shape[1]], tensors["row_scale"].float()

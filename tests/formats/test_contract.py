@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditcompress.formats.base import PackedWeight, dequantize, registry, stored_layout
+from ditcompress.formats.base import PackedWeight, as_int8, dequantize, registry, stored_layout
 from ditcompress.plan import WeightSpec
 from ditcompress.quantization import _rounding
 
@@ -18,6 +18,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"bits": 2, "layout": "tensor"},
         {"bits": 4, "layout": "group", "group": 16, "symmetric": False, "scale": "uint8"},
         {"bits": 3, "layout": "group", "group": 16, "scale": "bfloat16", "clip": 10},
+        {"bits": 4, "layout": "group", "group": 16, "symmetric": False, "scale": "uint4", "clip": 10},
+        {"bits": 2, "layout": "group", "group": 8, "scale": "uint4"},
     ],
     "fp": [
         *({"element": e, "layout": "row"} for e in ("e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2")),
@@ -177,3 +179,27 @@ def test_second_order_rounding_is_never_worse_than_plain_rounding(name: str, giv
     assert loss(better) <= loss(plain)
     assert loss(_rounding.descend(w, better, hessian, grid, fmt, params, 3)) <= loss(better) * (1 + 1e-5)
     assert loss(_rounding.descend(w, plain, hessian, grid, fmt, params, 3)) <= loss(plain) * (1 + 1e-5)
+
+
+INT8 = {"int": (True, True, False, False, True, True), "ternary": (True, True, False, True)}
+
+
+@every_shape
+@every_format
+def test_an_int8_form_is_exactly_the_decoded_weight(name: str, given: dict[str, Any], shape: tuple[int, int]) -> None:
+    module = registry.get(name)
+    params = module.Params(**given)
+    w = weight(shape)
+    grid = module.fit(w, params)
+    tensors = module.pack(module.code(w, grid, params), grid, params)
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    spec = WeightSpec(name, given)
+    found = as_int8(spec, tensors, shape)
+    assert (found is not None) == (name in INT8 and INT8[name][CASES[name].index(given)])
+    if found is not None:
+        codes, scale = found
+        assert codes.dtype == torch.int8 and codes.shape == shape and scale.shape == (shape[0], 1)
+        oracle = dequantize(spec, tensors, shape).double()
+        assert torch.allclose(codes.double() * scale.double(), oracle, rtol=1e-6, atol=0)
+        assert int(codes.int().abs().max()) <= 127
+    assert all(torch.equal(before[key], tensor) for key, tensor in tensors.items())
