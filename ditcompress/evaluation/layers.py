@@ -22,7 +22,8 @@ from ..calibration.trajectory import StepRecord
 from ..distill.matching import read_kept
 from ..measures import cosine, sqnr_db
 from ..models import renamed
-from ..runtime.linear import PackedLinear, kernel_for
+from ..runtime.kernels import choose
+from ..runtime.linear import PackedLinear
 from .subject import Subject
 
 IMAGES = 4
@@ -161,7 +162,7 @@ def _stored(layer: PackedLinear | DecodedLinear, weights: int) -> dict[str, Any]
         "bits": 8 * layer.stored_bytes / weights,
         "format": f"{spec.format}{spec.params.get('bits', '')}",
         "activation": "float" if inputs.mode == "none" else f"int{inputs.bits} per {inputs.mode}",
-        "kernel": kernel_for(layer.scheme, torch.device(subject_device(layer))),
+        "kernel": choose(layer.scheme, subject_device(layer)),
     }
 
 

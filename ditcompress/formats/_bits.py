@@ -48,5 +48,5 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
         value = parts[..., byte] >> shift
         for more in range(1, (shift + bits + 7) // 8):
             value |= parts[..., byte + more] << (8 * more - shift)
-        torch.bitwise_and(value, 2**bits - 1, out=codes[..., number])
+        codes[..., number] = value & (2**bits - 1)
     return codes.reshape(rows, -1)[:, :columns]

@@ -97,7 +97,7 @@ def row_scales(scale: Tensor, kind: str, reach: Tensor | float = 1.0) -> Tensor 
 
 def rounded(scale: Tensor, kind: str, row: Tensor | None, reach: Tensor | float = 1.0) -> Tensor:
     """Scales as they will be read back, float32."""
-    if kind == "uint4":
+    if row is not None and kind == "uint4":
         most = torch.div(INT8_TOP, torch.as_tensor(reach), rounding_mode="floor").clamp(1, UINT4_TOP).to(scale.device)
         return torch.minimum(torch.round(scale / row), most).clamp_min(1) * row
     if row is not None:

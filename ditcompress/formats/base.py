@@ -12,8 +12,8 @@ A format module exports `Params` and five functions; GPTQ, learned rounding and 
 A format may also export
 
     refit(weight, codes, grid, params, hessian) -> grid or None   the best scales or codebook for given codes
-    as_int8(tensors, params, shape) -> (codes, scale) or None   the decoded weight as INT8 (out, in) times a scale a row
-                                       (out, 1), exactly: what integer products run
+    is_int8(params) -> bool                whether the decoded weight is INT8 (out, in) times a scale a row, exactly
+    as_int8(tensors, params, shape) -> (codes, scale)              in that form, scale (out, 1), for integer products
     width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
     nearest_in(target, grid, params, metric) -> codes              with width: the nearest vectors in a metric
 
@@ -74,12 +74,10 @@ def stored_layout(spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[t
     return module.layout(params, shape)
 
 
-def as_int8(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """The decoded weight as INT8 (out, in) times a float32 scale a row (out, 1), exactly; None where its values are
-    not of that kind."""
+def is_int8(spec: WeightSpec) -> bool:
+    """Whether `as_int8` can be asked for."""
     module, params = resolve(spec)
-    found: tuple[Tensor, Tensor] | None = module.as_int8(tensors, params, shape) if hasattr(module, "as_int8") else None
-    return found
+    return hasattr(module, "is_int8") and bool(module.is_int8(params))
 
 
 def dequantize(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:

@@ -5,7 +5,8 @@ rows that share one input column (DiTAS: a per-input-channel factor folds into t
 be shorter than the others, so every width is legal.
 
 Scales are stored as float32, bfloat16 or float16, or in two levels (`uint8`, `uint4`: `_scales.py`), which is how small
-groups stay cheap; with `uint4` the decoded weight is INT8 times one scale a row. Zeros are stored in `bits` bits next to the codes ("code"), or as int16.
+groups stay cheap; with `uint4` the decoded weight is INT8 times one scale a row. Zeros are stored in `bits` bits next
+to the codes ("code"), or as int16.
 Shapes: N rows (out), K columns (in), G groups.
 """
 
@@ -198,15 +199,18 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
     return codes, Grid(scales.scale, zero, scales.row_scale)
 
 
-def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """The weight as INT8 (N, K) times a float32 scale a row (N, 1), exactly; None where it is not of that kind."""
-    if params.layout in ("row", "tensor") and params.symmetric:
+def is_int8(params: Params) -> bool:
+    """Whether `as_int8` can be asked for."""
+    return params.scale == "uint4" or (params.layout in ("row", "tensor") and params.symmetric)
+
+
+def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The weight as INT8 (N, K) times a float32 scale a row (N, 1), exactly."""
+    if params.scale != "uint4":
         codes = tensors["qweight"]
         if codes.dtype != torch.int8:
             codes = (unpack_bits(codes, params.bits, shape[1]) + _code_range(params)[0] % 256).view(torch.int8)
         return codes, tensors["scale"].float().expand(shape[0], 1)
-    if params.scale != "uint4":
-        return None
     groups = _grid_shape(params, shape)[1]
     spare = groups * params.group - shape[1]
     codes = torch.nn.functional.pad(unpack_bits(tensors["qweight"], params.bits, shape[1]), (0, spare))

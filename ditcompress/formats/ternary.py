@@ -132,10 +132,13 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
     return stored.to(torch.int32) - 1, _scales.load(tensors, params.scale)
 
 
-def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """The weight as INT8 (N, K) times a float32 scale a row (N, 1), exactly; None with scales for groups."""
-    if params.layout == "group":
-        return None
+def is_int8(params: Params) -> bool:
+    """Whether `as_int8` can be asked for: not with scales for groups."""
+    return params.layout != "group"
+
+
+def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The weight as INT8 (N, K) times a float32 scale a row (N, 1), exactly."""
     packed = tensors["qweight"]
     stored = _unpack_base3(packed, shape[1]) if params.packing == "base3" else unpack_bits(packed, 2, shape[1])
     return stored.to(torch.int8) - 1, tensors["scale"].float().expand(shape[0], 1)

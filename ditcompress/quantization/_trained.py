@@ -24,8 +24,8 @@ from ..engine import sign_of
 from ..hadamard import rotate, unrotate
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
+from ..runtime.activation import fake_quantize
 from ..runtime.linear import normed
-from ..runtime.ops.quantize_activation import fake_quantize
 from .base import Encoded, Layer, registry, step_module
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.ops.quantize_activation import fake_quantize
+from ..runtime.activation import fake_quantize
 from .base import Layer
 
 

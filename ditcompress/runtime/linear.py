@@ -12,27 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.base import dequantize
+from ..formats.base import resolve
 from ..hadamard import rotate, unpack_signs, unrotate
-from .ops import cpu_int8, reference
-from .ops.quantize_activation import fake_quantize, quantize_token, quantize_token_asymmetric
+from .kernels import DEVICES, KERNELS, Decode, choose
+from .ops.base import Made
 from .scheme import Scheme
-
-
-def kernel_for(scheme: Scheme, device: torch.device) -> str:
-    """The name of the op that runs this scheme on this device."""
-    weight, activation = scheme.weight, scheme.activation
-    plain_int8 = (
-        weight.format == "int"
-        and weight.params.get("bits", 8) == 8
-        and weight.params.get("layout", "row") == "row"
-        and weight.params.get("symmetric", True)
-    )
-    plain_token = activation.mode == "token" and activation.element == "int" and not activation.group
-    if device.type == "cpu" and plain_int8 and plain_token and cpu_int8.available():
-        return cpu_int8.NAME
-    return reference.NAME
-
 
 NORM_EPS = 1e-5
 
@@ -64,7 +48,10 @@ class PackedLinear(nn.Module):
         for name, (shape, stored_dtype) in self.stored.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._row_sum: Tensor | None = None
+        self._format, self._params = resolve(scheme.weight)
+        self.kernels = {device: choose(scheme, device) for device in DEVICES}
+        self.decode_when: Decode = "call"
+        self._made: dict[tuple[str, torch.dtype, bool], Made] = {}  # of the kernels, from the stored tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves devices as usual; a change of dtype (`.half()`, `.to(bf16)`) reaches only the bias, because rounding
@@ -75,11 +62,11 @@ class PackedLinear(nn.Module):
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(self, name, before if before.is_meta else before.to(after.device))
-        self._row_sum = None
+        self._made = {}
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._row_sum = None  # of the codes that are about to be replaced
+        self._made = {}  # from codes that are about to be replaced
         super()._load_from_state_dict(*args, **kwargs)
 
     @property
@@ -101,7 +88,7 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Float32 (out, in) that meets the smoothed input, low-rank part included."""
-        weight = self._decoded()
+        weight = self.decoded()
         if self.scheme.rank:
             weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
         return weight
@@ -109,8 +96,24 @@ class PackedLinear(nn.Module):
     def _sign(self) -> Tensor:
         return unpack_signs(self.rotate_sign, self.in_features)
 
-    def _decoded(self) -> Tensor:
-        return dequantize(self.scheme.weight, self.stored_tensors(), (self.out_features, self.in_features))
+    def decoded(self) -> Tensor:
+        """Float32 (out, in) of the stored codes alone."""
+        codes, grid = self._format.unpack(self.stored_tensors(), self._params, (self.out_features, self.in_features))
+        values: Tensor = self._format.value(codes, grid, self._params)
+        return values
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the decoded weight is INT8 times a scale a row, exactly."""
+        return hasattr(self._format, "is_int8") and bool(self._format.is_int8(self._params))
+
+    def as_int8(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """INT8 codes (rows, in) and scales (rows, 1) of the rows from `start` to `stop`; needs `is_int8`."""
+        stop, stored = self.out_features if stop is None else stop, self.stored_tensors()
+        if stop - start < self.out_features:
+            stored = {name: t[start:stop] if len(t) == self.out_features else t for name, t in stored.items()}
+        found: tuple[Tensor, Tensor] = self._format.as_int8(stored, self._params, (stop - start, self.in_features))
+        return found
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
@@ -124,44 +127,18 @@ class PackedLinear(nn.Module):
             x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
         if self.scheme.rotate:
             x = rotate(x.float(), self._sign(), self.scheme.rotate)
-        integer = kernel_for(self.scheme, x.device) == cpu_int8.NAME
-        y = self._integer(x, dtype) if integer else self._reference(x, dtype)
+        kernel = self.kernels.get(x.device.type, "reference")
+        y: Tensor = KERNELS[kernel].run(self, x, self._prepared(kernel, dtype), dtype)
         y = y if self.bias is None else y + self.bias.to(dtype)
         return normed(y, self.output_gain) if self.scheme.output_norm else y
 
-    def _integer(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """INT8 by INT8, rescaled in float32; the result is in `dtype`."""
-        spec = self.scheme.activation
-        if spec.symmetric:
-            codes, scale = quantize_token(x, spec.bits)
-            zero = row_sum = None
-        else:
-            codes, scale, zero = quantize_token_asymmetric(x, spec.bits)
-            if self._row_sum is None or self._row_sum.device != x.device:
-                self._row_sum = self.qweight.sum(1, dtype=torch.int32).float()
-            row_sum = self._row_sum
-        y = cpu_int8.product(codes, scale, zero, self.qweight, self.scale, row_sum)
-        if self.scheme.rank:
-            rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
-            y = y + self._low_rank(x.float() if self.scheme.low_rank_input == "float" else rounded)
-        return y.to(dtype)
-
-    def _reference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        spec = self.scheme.activation
-        if spec.mode == "none":
-            rounded = x.to(dtype)
-        else:
-            scale = self.input_scale if spec.mode == "static" else None
-            zero = self.input_zero if spec.mode == "static" and not spec.symmetric else None
-            rounded = fake_quantize(x, spec, scale, zero).to(dtype)
-        y = reference.product(rounded, self._decoded().to(dtype))
-        if not self.scheme.rank:
-            return y
-        return y + self._low_rank(x.to(dtype) if self.scheme.low_rank_input == "float" else rounded)
-
-    def _low_rank(self, x: Tensor) -> Tensor:
-        down = torch.nn.functional.linear(x, self.low_rank_down.to(x.dtype))
-        return torch.nn.functional.linear(down, self.low_rank_up.to(x.dtype))
+    def _prepared(self, kernel: str, dtype: torch.dtype) -> Made:
+        keep = self.decode_when == "load"
+        made = self._made.get((kernel, dtype, keep))
+        if made is None:
+            made = KERNELS[kernel].prepare(self, dtype, keep)
+            self._made = {(kernel, dtype, keep): made}
+        return made
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, Scheme], dtype: torch.dtype | None = None) -> None:

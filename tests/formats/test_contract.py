@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditcompress.formats.base import PackedWeight, as_int8, dequantize, registry, stored_layout
+from ditcompress.formats.base import PackedWeight, dequantize, is_int8, registry, stored_layout
 from ditcompress.plan import WeightSpec
 from ditcompress.quantization import _rounding
 
@@ -194,10 +194,9 @@ def test_an_int8_form_is_exactly_the_decoded_weight(name: str, given: dict[str, 
     tensors = module.pack(module.code(w, grid, params), grid, params)
     before = {key: tensor.clone() for key, tensor in tensors.items()}
     spec = WeightSpec(name, given)
-    found = as_int8(spec, tensors, shape)
-    assert (found is not None) == (name in INT8 and INT8[name][CASES[name].index(given)])
-    if found is not None:
-        codes, scale = found
+    assert is_int8(spec) == (name in INT8 and INT8[name][CASES[name].index(given)])
+    if is_int8(spec):
+        codes, scale = module.as_int8(tensors, params, shape)
         assert codes.dtype == torch.int8 and codes.shape == shape and scale.shape == (shape[0], 1)
         oracle = dequantize(spec, tensors, shape).double()
         assert torch.allclose(codes.double() * scale.double(), oracle, rtol=1e-6, atol=0)

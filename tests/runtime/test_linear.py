@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from ditcompress.formats import int as fmt
+from ditcompress.formats.base import resolve
 from ditcompress.plan import ActivationSpec, WeightSpec
-from ditcompress.runtime.linear import PackedLinear, Scheme, kernel_for
-from ditcompress.runtime.ops import cpu_int8, reference
-from ditcompress.runtime.ops.quantize_activation import fake_quantize
+from ditcompress.runtime.activation import fake_quantize
+from ditcompress.runtime.kernels import choose, set_decode
+from ditcompress.runtime.linear import PackedLinear, Scheme
+from ditcompress.runtime.ops import cpu_int8
 
 INT8 = WeightSpec("int", {"bits": 8, "layout": "row", "symmetric": True, "scale": "float32"})
 INT4 = WeightSpec("int", {"bits": 4, "layout": "group", "group": 16, "symmetric": False, "scale": "uint8"})
@@ -57,7 +59,7 @@ def test_the_integer_product_equals_floating_point_on_the_same_codes(
 ) -> None:
     scheme = Scheme(INT8, ActivationSpec("token", 8, symmetric))
     layer = packed(scheme, rows, columns)
-    assert (kernel_for(scheme, torch.device("cpu")) == cpu_int8.NAME) == cpu_int8.available()
+    assert (choose(scheme, "cpu") == "cpu_int8") == cpu_int8.available()
     x = inputs(tokens, columns, outliers)
     rounded = fake_quantize(x, scheme.activation).double()
     expected = rounded @ layer.dequantize().double().T + layer.bias.double()
@@ -154,7 +156,7 @@ def test_an_integer_product_that_saturates_is_not_used(monkeypatch: pytest.Monke
     assert not cpu_int8.adds_exactly()
     cpu_int8._with_onednn.cache_clear()
     try:
-        assert kernel_for(Scheme(INT8, ActivationSpec("token")), torch.device("cpu")) == reference.NAME
+        assert choose(Scheme(INT8, ActivationSpec("token")), "cpu") == "reference"
     finally:
         cpu_int8._with_onednn.cache_clear()
 
@@ -188,8 +190,51 @@ def test_new_codes_bring_new_row_sums() -> None:
     assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_layer_is_traced_without_a_break() -> None:
-    for symmetric in (True, False):
-        layer, x = packed(Scheme(INT8, ActivationSpec("token", 8, symmetric)), 24, 40), inputs(6, 40)
+FORMATS = {
+    "int4 in whole-number groups": WeightSpec(
+        "int", {"bits": 4, "layout": "group", "group": 16, "symmetric": False, "scale": "uint4"}
+    ),
+    "int8": INT8,
+    "int4 in groups": INT4,
+    "int3": WeightSpec("int", {"bits": 3}),
+    "ternary": WeightSpec("ternary", {"packing": "base3"}),
+    "nf4": WeightSpec("nf4", {"block": 16}),
+    "fp6": WeightSpec("fp", {"element": "e2m3"}),
+    "mxfp4": WeightSpec("mx", {"element": "e2m1"}),
+    "nvfp4": WeightSpec("nvfp4", {}),
+    "vq": WeightSpec("vq", {"bits": 4, "dim": 2}),
+}
+
+
+@pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
+def test_every_format_is_traced_without_a_break_and_decoded_once_if_asked(spec: WeightSpec) -> None:
+    fmt, params = resolve(spec)
+    weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
+    for activation in (ActivationSpec(), ActivationSpec("token", 8, False)):
+        layer = PackedLinear(48, 24, True, Scheme(spec, activation))
+        grid = fmt.fit(weight, params)
+        layer.load_state_dict(
+            {**fmt.pack(fmt.code(weight, grid, params), grid, params), "bias": torch.zeros(24)}, assign=True
+        )
+        x = inputs(6, 48)
+        expected = fake_quantize(x, activation) @ layer.dequantize().T
+        assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        called = layer(x)
+        assert set_decode(layer, "load") is layer
+        assert torch.equal(layer(x), called) and torch.equal(layer(x), called)
+        assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+    with pytest.raises(ValueError, match="decode"):
+        set_decode(layer, "always")  # type: ignore[arg-type]
+
+
+def test_weights_of_whole_number_groups_meet_int8_tokens() -> None:
+    spec = FORMATS["int4 in whole-number groups"]
+    scheme = Scheme(spec, ActivationSpec("token", 8, False))
+    assert choose(scheme, "cpu") == ("cpu_int8" if cpu_int8.available() else "reference")
+    assert choose(Scheme(INT4, ActivationSpec("token", 8, False)), "cpu") == "reference"
+    layer, x = packed(scheme, cpu_int8.PART + 40, 72), inputs(9, 72, outliers=True)
+    expected = fake_quantize(x, scheme.activation).double() @ layer.dequantize().double().T + layer.bias.double()
+    assert torch.allclose(layer(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

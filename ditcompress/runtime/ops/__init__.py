@@ -1,1 +1,1 @@
-"""The operations that run packed weights: one file an op, each with a plain version it is tested against."""
+"""Kernels: a file here is one, registered under its own name (`base.py` says what it must define)."""

@@ -1,4 +1,4 @@
-"""INT8 weights (symmetric, one scale a row) times INT8 tokens on CPU: an integer product with exact int32 sums.
+"""INT8 tokens times weights that are INT8 with one scale a row, on CPU: an integer product with exact int32 sums.
 
 `torch._int_mm`, which oneDNN serves. Scales are applied in float32 afterwards; an asymmetric token adds a rank-1 term
 with the row sums of the weight codes. Two traps decide where it may be used (measured on torch 2.13, 1 thread):
@@ -18,7 +18,14 @@ import functools
 import torch
 from torch import Tensor
 
-NAME = "cpu_int8"
+from ...formats.base import is_int8
+from ...plan import ActivationSpec
+from ..activation import quantize_token, quantize_token_asymmetric
+from ..scheme import Scheme
+from .base import Layer, Made, low_rank
+
+SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
+PART = 512  # rows of the weight at a time: its codes, and the sums of some hundred tokens, fit into the cache
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
 
@@ -52,17 +59,47 @@ def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(codes.contiguous(), weight.t())
 
 
-def product(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, weight_scale: Tensor, row_sum: Tensor | None
-) -> Tensor:
-    """scale * ((codes - zero) @ weight^T) * weight_scale as float32 (..., out).
+def supports(scheme: Scheme, device: str) -> bool:
+    """INT8 tokens with one scale each, weights that are INT8 with a scale a row, a CPU that adds exactly."""
+    tokens = scheme.activation
+    plain = tokens.mode == "token" and tokens.element == "int" and not tokens.group
+    return device == "cpu" and plain and is_int8(scheme.weight) and available()
 
-    codes (..., in) int8; scale, zero (..., 1) float32; weight (out, in) int8; weight_scale (out, 1) float32;
-    row_sum (out,) float32 of the weight codes, needed with a zero.
-    """
-    flat = codes.reshape(-1, codes.shape[-1])
-    result = integer_product(flat, weight).reshape(*codes.shape[:-1], -1).float()
-    if zero is not None:
-        assert row_sum is not None
-        result -= zero * row_sum
-    return result.mul_(scale).mul_(weight_scale.reshape(-1))
+
+def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
+    """`row_sum` (out,) float32 of the codes, where tokens have a zero; with `keep`, `codes` and `scale` too."""
+    made: Made = {}
+    if layer.scheme.activation.symmetric and not keep:
+        return made
+    codes, scale = layer.as_int8()
+    if not layer.scheme.activation.symmetric:
+        made["row_sum"] = codes.sum(1, dtype=torch.int32).float()
+    return {**made, "codes": codes.contiguous(), "scale": scale} if keep else made
+
+
+def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
+    """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, and memory
+    holds one such part."""
+    spec = layer.scheme.activation
+    codes, scale, zero = _tokens(x, spec)
+    flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
+    y = torch.empty(len(flat), layer.out_features, dtype=dtype, device=x.device)
+    for start in range(0, layer.out_features, PART):
+        stop = min(start + PART, layer.out_features)
+        if "codes" in made:
+            weight, weight_scale = made["codes"][start:stop], made["scale"][start:stop]
+        else:
+            weight, weight_scale = layer.as_int8(start, stop)
+        result = integer_product(flat, weight).float()
+        if zero is not None:
+            result.addcmul_(zero.reshape(-1, 1), made["row_sum"][start:stop], value=-1)
+        y[:, start:stop] = result.mul_(scales).mul_(weight_scale.reshape(-1))
+    y = y.reshape(*x.shape[:-1], -1)
+    if not layer.scheme.rank:
+        return y
+    rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
+    return (y + low_rank(layer, x.float() if layer.scheme.low_rank_input == "float" else rounded)).to(dtype)
+
+
+def _tokens(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (*quantize_token(x, spec.bits), None) if spec.symmetric else quantize_token_asymmetric(x, spec.bits)

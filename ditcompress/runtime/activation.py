@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...formats import _floats
-from ...plan import ActivationSpec
+from ..formats import _floats
+from ..plan import ActivationSpec
 
 TINY = 1e-12  # scale of an all-zero token
 

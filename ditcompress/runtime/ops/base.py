@@ -1,0 +1,51 @@
+"""What a kernel is: one way to run the product of a packed linear.
+
+A module of this folder exports
+
+    SAYS                                     one line for `inspect --kernels`
+    supports(scheme, device) -> bool         whether it runs a scheme on a kind of device ("cpu", "cuda"): cheap
+    prepare(layer, dtype, keep) -> Made      tensors that `run` needs beside the stored ones, made once and kept with the
+                                             layer; with `keep` the decoded weight too, else only what is small
+    run(layer, x, made, dtype) -> Tensor     x (..., in), smoothed and rotated, to (..., out) in `dtype`, with
+                                             the low-rank part, without the bias
+
+How a weight is stored (`formats/`) is no kernel's business: the layer gives it as floats (`decoded`) or as INT8 with a
+scale a row (`as_int8`, where the format has that form).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...registry import Registry
+from ..scheme import Scheme
+
+Made = dict[str, Tensor]
+registry = Registry("ditcompress.runtime.ops", "kernel", ("SAYS", "supports", "prepare", "run"))
+
+
+class Layer(Protocol):
+    """What a kernel sees of a packed linear."""
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+
+    @property
+    def is_int8(self) -> bool: ...
+
+    def stored_tensors(self) -> dict[str, Tensor]: ...
+
+    def decoded(self) -> Tensor: ...
+
+    def as_int8(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+def low_rank(layer: Layer, x: Tensor) -> Tensor:
+    """The low-rank part of the output, in x's dtype."""
+    stored = layer.stored_tensors()
+    down = torch.nn.functional.linear(x, stored["low_rank_down"].to(x.dtype))
+    return torch.nn.functional.linear(down, stored["low_rank_up"].to(x.dtype))
