@@ -4,8 +4,8 @@ A module of this folder exports
 
     SAYS                                     one line for `inspect --kernels`
     supports(scheme, device) -> bool         whether it runs a scheme on a kind of device ("cpu", "cuda"): cheap
-    prepare(layer, dtype, keep) -> Made      tensors that `run` needs beside the stored ones, made once and kept with the
-                                             layer; with `keep` the decoded weight too, else only what is small
+    prepare(layer, dtype, keep) -> Made      tensors that `run` needs beside the stored ones, made once and kept with
+                                             the layer; with `keep` the decoded weight too, else only what is small
     run(layer, x, made, dtype) -> Tensor     x (..., in), smoothed and rotated, to (..., out) in `dtype`, with
                                              the low-rank part, without the bias
 
