@@ -25,7 +25,7 @@ from ..scheme import Scheme
 from .base import Layer, Made, low_rank
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
-PART = 512  # rows of the weight at a time: its codes, and the sums of some hundred tokens, fit into the cache
+PART, TOKENS = 1024, 256  # rows of the weight, and tokens, at a time: codes and sums fit into the cache
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
 
@@ -78,11 +78,12 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, and memory
-    holds one such part."""
+    """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
+    holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
     spec = layer.scheme.activation
     codes, scale, zero = _tokens(x, spec)
     flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
+    tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     y = torch.empty(len(flat), layer.out_features, dtype=dtype, device=x.device)
     for start in range(0, layer.out_features, PART):
         stop = min(start + PART, layer.out_features)
@@ -90,10 +91,12 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
             weight, weight_scale = made["codes"][start:stop], made["scale"][start:stop]
         else:
             weight, weight_scale = layer.as_int8(start, stop)
-        result = integer_product(flat, weight).float()
-        if zero is not None:
-            result.addcmul_(zero.reshape(-1, 1), made["row_sum"][start:stop], value=-1)
-        y[:, start:stop] = result.mul_(scales).mul_(weight_scale.reshape(-1))
+        for first in range(0, len(flat), tokens):
+            some = slice(first, first + tokens)
+            result = integer_product(flat[some], weight).float()
+            if zero is not None:
+                result.addcmul_(zero.reshape(-1, 1)[some], made["row_sum"][start:stop], value=-1)
+            y[some, start:stop] = result.mul_(scales[some]).mul_(weight_scale.reshape(-1))
     y = y.reshape(*x.shape[:-1], -1)
     if not layer.scheme.rank:
         return y
