@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bench import bench
 from .calibration import calibrate, calibration_plan
 from .chain import ChainResult, run_recipe, staged
 from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
@@ -18,6 +19,7 @@ __all__ = [
     "DistillResult",
     "PruneResult",
     "QuantizeResult",
+    "bench",
     "calibrate",
     "calibration_plan",
     "check_recipe",

@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import print_error, print_text
-from . import compare, compress, distill, evaluate, inspect, moe, prune, q_sched, recipes
+from . import bench, compare, compress, distill, evaluate, inspect, moe, prune, q_sched, recipes
 
 app = typer.Typer(
     name="ditcompress",
@@ -30,6 +30,7 @@ app.command("q-sched")(q_sched.q_sched)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("sample")(compare.sample)
+app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("export")(compress.export)
 app.command("report")(evaluate.report)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.trajectory import prepare
 from ..checkpoint.reader import Checkpoint
@@ -25,7 +25,14 @@ def disk_bytes(checkpoint: Checkpoint) -> int:
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    return sum(_bytes(t) for t in {id(t): t for t in tensors}.values())
+
+
+def _bytes(tensor: Any) -> int:
+    """Of a tensor, or of the parts that another library's tensor type consists of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
 
 
 def logical_parameters(model: nn.Module) -> int:
@@ -108,7 +115,7 @@ def forward_flops(subject: Subject, model: nn.Module) -> int:
     return counted + sum(n for op, n in others.items() if str(op).rpartition(".")[2] not in _LINEAR_OPS)
 
 
-def one_forward(subject: Subject, model: nn.Module, batch: int) -> Callable[[], None]:
+def one_forward(subject: Subject, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """A forward pass on random latents of the middle of the trajectory, conditions in turn."""
     index = torch.arange(batch) % subject.conditions.count
     shape = subject.adapter.latent_shape(subject.config)
@@ -116,8 +123,4 @@ def one_forward(subject: Subject, model: nn.Module, batch: int) -> Callable[[], 
     latents = torch.randn(batch, *shape, generator=generator).to(subject.settings.device)
     sampler = prepare(subject.scheduler, subject.settings.steps, subject.adapter, subject.config)
     timestep = torch.as_tensor(sampler.timesteps[len(sampler.timesteps) // 2]).expand(batch)
-    return lambda: void(subject.predict(model, latents, timestep, index, False))
-
-
-def void(_: Any) -> None:
-    return None
+    return lambda: subject.predict(model, latents, timestep, index, False)

@@ -45,7 +45,7 @@ def speed(subject: Subject) -> dict[str, Any]:
     ]
     per_block = {model: [t for b in blocks for t in times.get(b, [])] for model, times in inside.items()}
     per_linear = {model: [t for n in packed for t in times.get(n, [])] for model, times in inside.items()}
-    decoded = [m for m in subject.compressed.modules() if isinstance(m, PackedLinear) and decodes(m)]
+    decoded = [m for m in subject.compressed.modules() if isinstance(m, PackedLinear) and m.decodes]
     return {
         "device": subject.settings.device,
         "dtype": subject.settings.dtype,
@@ -68,11 +68,6 @@ def speed(subject: Subject) -> dict[str, Any]:
     }
 
 
-def decodes(layer: PackedLinear) -> bool:
-    """Whether the weight is turned into floating point at each call."""
-    return layer.scheme.weight.format != "int" or layer.scheme.weight.params.get("bits", 8) < 8
-
-
 def _row(times: Times) -> dict[str, Any]:
     """p50 and p95 in seconds of both models, and the ratio of the p50s."""
     found = {
@@ -87,7 +82,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _in_turns(runs: dict[str, Callable[[], None]], subject: Subject) -> Times:
+def _in_turns(runs: dict[str, Callable[[], Any]], subject: Subject) -> Times:
     """Seconds of each run, in turns, after one warm-up; at least LEAST and at most REPEATS of each."""
     times: Times = {name: [] for name in runs}
     began = time.perf_counter()

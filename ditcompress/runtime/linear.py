@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.base import registry as formats
 from ..formats.base import resolve
 from ..hadamard import rotate, unpack_signs, unrotate
 from .kernels import DEVICES, KERNELS, Decode, choose
 from .ops.base import Made
 from .scheme import Scheme
 
+FORMATS = formats.all()  # imported now: a traced forward pass cannot import
 NORM_EPS = 1e-5
 
 
@@ -48,7 +50,7 @@ class PackedLinear(nn.Module):
         for name, (shape, stored_dtype) in self.stored.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._format, self._params = resolve(scheme.weight)
+        self._params = resolve(scheme.weight)[1]
         self.kernels = {device: choose(scheme, device) for device in DEVICES}
         self.decode_when: Decode = "call"
         self._made: dict[tuple[str, torch.dtype, bool], Made] = {}  # of the kernels, from the stored tensors
@@ -98,21 +100,40 @@ class PackedLinear(nn.Module):
 
     def decoded(self) -> Tensor:
         """Float32 (out, in) of the stored codes alone."""
-        codes, grid = self._format.unpack(self.stored_tensors(), self._params, (self.out_features, self.in_features))
-        values: Tensor = self._format.value(codes, grid, self._params)
+        fmt = FORMATS[self.scheme.weight.format]
+        codes, grid = fmt.unpack(self.stored_tensors(), self._params, (self.out_features, self.in_features))
+        values: Tensor = fmt.value(codes, grid, self._params)
         return values
 
     @property
     def is_int8(self) -> bool:
         """Whether the decoded weight is INT8 times a scale a row, exactly."""
-        return hasattr(self._format, "is_int8") and bool(self._format.is_int8(self._params))
+        fmt = FORMATS[self.scheme.weight.format]
+        return hasattr(fmt, "is_int8") and bool(fmt.is_int8(self._params))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the kernel needs the weight in another form than the stored one, at each call unless it is kept."""
+        return self.kernel(self.qweight.device.type) == "reference" or self.qweight.dtype != torch.int8
+
+    def kernel(self, device: str) -> str:
+        """The name of the kernel that runs on a kind of device."""
+        return self.kernels.get(device, "reference")
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes that kernels keep beside the stored tensors."""
+        own = {t.data_ptr() for t in self.stored_tensors().values()}
+        made = [t for kept in self._made.values() for t in kept.values()]
+        return sum(t.numel() * t.element_size() for t in made if t.data_ptr() not in own)
 
     def as_int8(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """INT8 codes (rows, in) and scales (rows, 1) of the rows from `start` to `stop`; needs `is_int8`."""
         stop, stored = self.out_features if stop is None else stop, self.stored_tensors()
         if stop - start < self.out_features:
             stored = {name: t[start:stop] if len(t) == self.out_features else t for name, t in stored.items()}
-        found: tuple[Tensor, Tensor] = self._format.as_int8(stored, self._params, (stop - start, self.in_features))
+        shape = (stop - start, self.in_features)
+        found: tuple[Tensor, Tensor] = FORMATS[self.scheme.weight.format].as_int8(stored, self._params, shape)
         return found
 
     def extra_repr(self) -> str:
@@ -127,7 +148,7 @@ class PackedLinear(nn.Module):
             x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
         if self.scheme.rotate:
             x = rotate(x.float(), self._sign(), self.scheme.rotate)
-        kernel = self.kernels.get(x.device.type, "reference")
+        kernel = self.kernel(x.device.type)
         y: Tensor = KERNELS[kernel].run(self, x, self._prepared(kernel, dtype), dtype)
         y = y if self.bias is None else y + self.bias.to(dtype)
         return normed(y, self.output_gain) if self.scheme.output_norm else y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def test_every_format_is_traced_without_a_break_and_decoded_once_if_asked(spec: 
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         called = layer(x)
-        assert set_decode(layer, "load") is layer
+        again = copy.deepcopy(layer)
+        assert set_decode(layer, "load") is layer and again.decode_when == "call"
         assert torch.equal(layer(x), called) and torch.equal(layer(x), called)
         assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
     with pytest.raises(ValueError, match="decode"):
