@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,31 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": bnb.recipe_name(checkpoint.config),
         "bits": 8 * stored / weights if weights else None,
         "roles": _roles(checkpoint, empty, layout),
+        "kernels": _kernels(packed.values()),
         "layers": [_layer(checkpoint, site, packed.get(site.name), foreign.get(site.name)) for site in layout.sites],
     }
+
+
+def _kernels(packed: Iterable[PackedLinear]) -> list[dict[str, Any]]:
+    """What runs the packed linears, by shape and scheme: the kernel on each kind of device, and how many they are."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for layer in packed:
+        shape, done = [layer.out_features, layer.in_features], _done(layer)
+        row = rows.setdefault((*shape, done), {"shape": shape, "done": done, **layer.kernels, "layers": 0})
+        row["layers"] += 1
+    return sorted(rows.values(), key=lambda row: -row["layers"] * row["shape"][0] * row["shape"][1])
+
+
+def _done(packed: PackedLinear) -> str:
+    """What was done to a linear, in words."""
+    scheme = packed.scheme
+    spec, activation = scheme.weight, scheme.activation
+    parts = [f"{spec.format}{spec.params.get('bits', '')} {spec.params.get('layout', '')}".strip()]
+    parts.append(f"{activation} input")
+    parts += [f"hadamard {scheme.rotate}"] if scheme.rotate else []
+    parts += [f"smoothing {scheme.smooth}"] if scheme.smooth != "none" else []
+    parts += [f"rank {scheme.rank}"] if scheme.rank else []
+    return ", ".join(parts)
 
 
 def _experts(model: Any) -> dict[str, str]:
@@ -93,14 +117,7 @@ def _layer(
         entry = checkpoint.tensors[f"{site.name}.weight"]
         done, bits = f"kept, {str(entry.dtype).removeprefix('torch.')}", 8.0 * entry.dtype.itemsize
     else:
-        scheme = packed.scheme
-        spec, activation = scheme.weight, scheme.activation
-        parts = [f"{spec.format}{spec.params.get('bits', '')} {spec.params.get('layout', '')}".strip()]
-        parts.append(f"{activation} input")
-        parts += [f"hadamard {scheme.rotate}"] if scheme.rotate else []
-        parts += [f"smoothing {scheme.smooth}"] if scheme.smooth != "none" else []
-        parts += [f"rank {scheme.rank}"] if scheme.rank else []
-        done, bits = ", ".join(parts), 8 * packed.stored_bytes / (packed.in_features * packed.out_features)
+        done, bits = _done(packed), 8 * packed.stored_bytes / (packed.in_features * packed.out_features)
     return {
         "name": site.name,
         "role": site.role,

@@ -16,6 +16,9 @@ from .prune import show_sensitivity
 def inspect(
     checkpoint: Checkpoint,
     layers: Annotated[bool, typer.Option("--layers", help="List every linear, not only the roles.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="What runs the packed linears, by shape, on CPU and on CUDA.")
+    ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Run the model: how much each block matters, over timesteps.")
     ] = False,
@@ -42,10 +45,10 @@ def inspect(
             common.emit(as_json, found, lambda: show_sensitivity(found))
             return
         facts = api.inspect(checkpoint)
-        common.emit(as_json, facts, lambda: _show(facts, layers))
+        common.emit(as_json, facts, lambda: _show(facts, layers, kernels))
 
 
-def _show(facts: dict[str, Any], layers: bool) -> None:
+def _show(facts: dict[str, Any], layers: bool, kernels: bool) -> None:
     head = [
         ["class", facts["class"]],
         ["adapter", facts["adapter"]],
@@ -74,11 +77,25 @@ def _show(facts: dict[str, Any], layers: bool) -> None:
         for r in facts["roles"]
     ]
     print_table("by role (all parameters)", ["role", "tensors", "parameters", "share", "bytes", "bits"], rows)
+    if kernels:
+        _show_kernels(facts["kernels"])
     if layers:
         table = [
             [x["name"], x["role"], "x".join(map(str, x["shape"])), f"{x['bits']:.2f}", x["done"]]
             for x in facts["layers"]
         ]
         print_table("linears", ["name", "role", "out x in", "bits", "what was done"], table)
-    else:
-        print_text("every linear: --layers")
+    elif not kernels:
+        print_text("every linear: --layers; what runs them: --kernels")
+
+
+def _show_kernels(found: list[dict[str, Any]]) -> None:
+    from ..runtime.kernels import KERNELS
+
+    rows = [["x".join(map(str, r["shape"])), r["layers"], r["done"], r["cpu"], r["cuda"]] for r in found]
+    print_table("kernels of the packed linears", ["out x in", "layers", "what was done", "cpu", "cuda"], rows)
+    used = {row[key] for row in found for key in ("cpu", "cuda")}
+    for name in (n for n in KERNELS if n in used):
+        print_text(f"{name}: {KERNELS[name].SAYS}")
+    if not found:
+        print_text("no packed linears: everything runs as plain torch")

@@ -59,3 +59,9 @@ def test_the_command_prints_a_document(packed: Path) -> None:
     done = subprocess.run([*line, "--no-peers", "--batch", "1", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["batch"] == 1
+
+
+def test_inspect_says_which_kernel_runs_what(packed: Path) -> None:
+    rows = api.inspect(packed)["kernels"]
+    assert sum(row["layers"] for row in rows) == sum("int" in layer["done"] for layer in api.inspect(packed)["layers"])
+    assert all(row["cpu"] == "reference" and row["shape"] and "int4 group" in row["done"] for row in rows)
