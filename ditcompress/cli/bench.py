@@ -38,10 +38,11 @@ def bench(
             checkpoints, batch=batch, modes=mode or (), seconds=seconds, steps=steps, peers=peers, seed=seed,
             device=device, dtype=dtype, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
-        common.emit(as_json, facts, lambda: _show(facts))
+        common.emit(as_json, facts, lambda: show(facts))
 
 
-def _show(facts: dict[str, Any]) -> None:
+def show(facts: dict[str, Any]) -> None:
+    """The tables, one a level."""
     place = facts.get("gpu") or f"{facts['device']}, {facts['threads']} threads"
     levels = {"linear": "all linears of the blocks", "block": "one block", "forward": "forward pass",
               "sampling": f"sampling, {facts['steps']} steps"}  # fmt: skip
