@@ -1,0 +1,150 @@
+"""Compile the Triton kernels for Hopper (sm_90a) on a machine without a GPU and say what the assembler made of them.
+
+    python benchmarks/kernels_compile.py [--only rows] [--quick]
+
+The kernels' own Python wrappers run on tensors without data; each launch is turned into a compilation. Columns: warps,
+stages, registers a thread, bytes spilled to local memory, shared memory of a program, programs that fit a multiprocessor,
+and the tensor core instructions in the machine code (IGMMA: int8, HGMMA: bfloat16, QGMMA: E4M3; IMMA and HMMA are the
+older, slower ones). A spill or an IMMA in a large product is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHARED, REGISTERS = 233472, 65536  # of a multiprocessor
+META = torch.device("meta")
+
+
+def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibility of a launch's arguments, as Triton specializes them."""
+    from triton.runtime.jit import mangle_type
+
+    types, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value, place = arguments[parameter.name], (parameter.num,)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            types[parameter.name], constants[place] = "constexpr", value
+            continue
+        types[parameter.name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def inspect(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, spilled bytes, tensor core instructions) of machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(*command: str) -> str:
+            command = (str(tools / command[0]), *command[1:], file.name)
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-c")
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    found = collections.Counter(re.findall(r"\b([IHQ]G?MMA)\b", code))
+    return registers, stack, " ".join(f"{name} {count}" for name, count in sorted(found.items())) or "-"
+
+
+class Recorder:
+    """In place of a launch: compile, print a line."""
+
+    def __init__(self) -> None:
+        self.label, self.faults, self.seen = "", 0, set()  # type: str, int, set[Any]
+
+    def __call__(self, kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+        names = [parameter.name for parameter in kernel.params]
+        types, constants, attributes = signature(kernel, {**dict(zip(names, args, strict=False)), **kwargs})
+        key = (kernel.fn.__name__, str(types), str(constants), str(attributes), str(options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, types, constants, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        registers, spilled, cores = inspect(made.asm["cubin"])
+        warps, shared = made.metadata.num_warps, made.metadata.shared
+        fit = min(SHARED // (shared + 1024), REGISTERS // (registers * 32 * warps), 64 // warps)
+        self.faults += spilled > 0
+        stages = made.metadata.num_stages
+        print(
+            f"{kernel.fn.__name__:18} {self.label:44} {warps:2} {stages:2} {registers:4} {spilled:6} {shared:7} {fit:3}  "
+            f"{cores}", flush=True,
+        )  # fmt: skip
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def rows_cases(quick: bool) -> list[tuple[str, dict[str, Any]]]:
+    vectors = {name: empty(1, 3072) for name in ("shift", "scale")}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("4608x3072 norm, modulate, H256", {"x": empty(4608, 3072), "norm": "layer", **vectors, "rotate": 256})
+    ]
+    if quick:
+        return cases
+    return [
+        *cases,
+        ("4608x3072", {"x": empty(4608, 3072)}),
+        ("4608x3072 asymmetric", {"x": empty(4608, 3072), "symmetric": False}),
+        ("4608x3072 e4m3, norm", {"x": empty(4608, 3072), "element": "e4m3", "norm": "layer", **vectors}),
+        ("4608x3072 residual, norm, H256, down 32",
+         {"x": empty(4608, 3072), "residual": empty(4608, 3072), "gate": empty(1, 3072), "norm": "layer", **vectors,
+          "rotate": 256, "down": empty(32, 3072)}),
+        ("4608x3072 float down 32", {"x": empty(4608, 3072), "down": empty(32, 3072), "down_of": "float"}),
+        ("4608x12288 gelu, H256", {"x": empty(4608, 12288), "activation": "gelu_tanh", "rotate": 256}),
+        ("4608x15360 H256", {"x": empty(4608, 15360), "rotate": 256}),
+        ("2048x1152 norm, H128", {"x": empty(2048, 1152), "norm": "layer", "rotate": 128}),
+        ("2048x1152 norm, H1152", {"x": empty(2048, 1152), "norm": "layer", "rotate": 1152}),
+        ("2048x4608 gelu, H512", {"x": empty(2048, 4608), "activation": "gelu_tanh", "rotate": 512}),
+    ]  # fmt: skip
+
+
+def run_rows(quick: bool, record: Recorder) -> None:
+    from ditcompress.runtime.ops.triton import rows
+
+    for record.label, arguments in rows_cases(quick):
+        rows.quantize_rows(arguments.pop("x"), **arguments)
+
+
+RUNS = {"rows": run_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(RUNS))
+    parser.add_argument("--quick", action="store_true", help="one or two compilations of each kernel")
+    options = parser.parse_args()
+    from triton.runtime.jit import JITFunction
+
+    record = Recorder()
+    JITFunction.run = lambda kernel, *args, **kwargs: record(kernel, *args, **kwargs)
+    print(f"{'kernel':18} {'launch':44} warps stages registers spilled shared programs tensor cores")
+    for name, run in RUNS.items():
+        if options.only in (None, name):
+            importlib.import_module(f"ditcompress.runtime.ops.triton.{name}")
+            run(options.quick, record)
+    print(f"{len(record.seen)} compiled, {record.faults} spill")
+
+
+if __name__ == "__main__":
+    main()
