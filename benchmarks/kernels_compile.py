@@ -3,9 +3,9 @@
     python benchmarks/kernels_compile.py [--only rows] [--quick]
 
 The kernels' own Python wrappers run on tensors without data; each launch is turned into a compilation. Columns: warps,
-stages, registers a thread, bytes spilled to local memory, shared memory of a program, programs that fit a multiprocessor,
-and the tensor core instructions in the machine code (IGMMA: int8, HGMMA: bfloat16, QGMMA: E4M3; IMMA and HMMA are the
-older, slower ones). A spill or an IMMA in a large product is a fault.
+stages, registers a thread, bytes spilled to local memory, shared memory of a program, programs that fit a
+multiprocessor, and the tensor core instructions in the machine code (IGMMA: int8, HGMMA: bfloat16, QGMMA: E4M3; IMMA
+and HMMA are the older, slower ones). A spill or an IMMA in a large product is a fault.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ class Recorder:
         self.faults += spilled > 0
         stages = made.metadata.num_stages
         print(
-            f"{kernel.fn.__name__:18} {self.label:44} {warps:2} {stages:2} {registers:4} {spilled:6} {shared:7} {fit:3}  "
-            f"{cores}", flush=True,
-        )  # fmt: skip
+            f"{kernel.fn.__name__:18} {self.label:44} {warps:2} {stages:2} {registers:4} {spilled:6} {shared:7} {fit:3} "
+            f" {cores}",
+            flush=True,
+        )
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -126,7 +127,41 @@ def run_rows(quick: bool, record: Recorder) -> None:
         rows.quantize_rows(arguments.pop("x"), **arguments)
 
 
-RUNS = {"rows": run_rows}
+def int8_operands(m: int, n: int, k: int, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    from ditcompress.runtime.ops.triton.int8_gemm import Weight
+
+    up = empty(n, rank) if rank else None
+    codes, weight = empty(m, k, dtype=torch.int8), empty(n, k, dtype=torch.int8)
+    single = torch.float32
+    return (
+        codes,
+        empty(m, 1, dtype=single),
+        Weight(weight, empty(n, 1, dtype=single), empty(n, dtype=single), empty(n), up),
+    )
+
+
+def run_int8(quick: bool, record: Recorder) -> None:
+    from ditcompress.runtime.ops.triton import int8_gemm, tiles
+
+    shape = (4608, 3072, 3072)
+    for tile in tiles.TILES[:2] if quick else tiles.TILES:
+        record.label = f"{tile.m}x{tile.n}x{tile.k} bias"
+        int8_gemm.product(*int8_operands(*shape), tile=tile)
+        record.label = f"{tile.m}x{tile.n}x{tile.k} zero, rank 32, gelu"
+        codes, scale, weight = int8_operands(*shape, rank=32)
+        down = empty(4608, 32, dtype=torch.float32)
+        int8_gemm.product(codes, scale, weight, zero=scale, down=down, activation="gelu_tanh", tile=tile)
+        if quick:
+            return
+    record.label = "two streams, gated residual"
+    codes, scale, weight = int8_operands(*shape)
+    int8_gemm.grouped(
+        codes, scale, (weight, weight), (512, 4096), residual=empty(4608, 3072), gates=(empty(1, 3072), empty(1, 3072)),
+        tile=tiles.TILES[1],
+    )  # fmt: skip
+
+
+RUNS = {"rows": run_rows, "int8_gemm": run_int8}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels in a process of its own, where Triton's interpreter replaces a GPU; and that nothing needs Triton."""
+"""The Triton kernels in a process of its own, with Triton's interpreter for a GPU; and that nothing needs Triton."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from ditcompress import hadamard
 from ditcompress.runtime.ops.quantize_activation import quantize_token, quantize_token_asymmetric
-
 from tests.runtime.triton_support import DEVICE, INTERPRETED, kernels, noise
 
 rows = kernels("rows")
@@ -115,7 +114,9 @@ def test_the_update_without_a_gate_in_the_models_dtype() -> None:
     same_codes(got.codes, codes, share=0.02)
 
 
-@pytest.mark.parametrize("mode", [{}, {"symmetric": False}, {"element": "e4m3"}], ids=["symmetric", "asymmetric", "fp8"])
+@pytest.mark.parametrize(
+    "mode", [{}, {"symmetric": False}, {"element": "e4m3"}], ids=["symmetric", "asymmetric", "fp8"]
+)
 @pytest.mark.parametrize("shape", [(1, 17), (35, 150)])
 def test_the_low_rank_part_of_the_rounded_input(mode: dict, shape: tuple[int, int]) -> None:
     x, down = noise(*shape), noise(6, shape[1], seed=1).bfloat16()

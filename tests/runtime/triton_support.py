@@ -29,7 +29,7 @@ def kernels(name: str) -> ModuleType:
 
 
 def noise(*shape: int, kind: str = "plain", seed: int = 0) -> Tensor:
-    """Normal values, with every 17th column 40 times as large, with a first row of zeros, all equal, or all negative."""
+    """Normal values; or every 17th column 40 times as large, a first row of zeros, all equal, all negative."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if kind == "outliers":
         x[..., ::17] *= 40

@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: plain functions over tensors, one kernel family a file, each with a torch reference in its test.
+"""GPU kernels in Triton: plain functions over tensors, one family a file, each with a torch reference in its test.
 
 `rows`: normalize, rotate and quantize tokens in one pass. `int8_gemm`: the 8-bit product with everything that follows
 it. `decode`: packed weights to the 8-bit grid. `small_m`: packed weights times a few rows. `fp8`: E4M3 products.

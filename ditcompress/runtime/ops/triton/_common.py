@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,13 +16,13 @@ OPERAND = tl.float32 if interpreted() else tl.bfloat16
 
 
 @triton.jit
-def round_even(x: Any) -> Any:
+def round_even(x: tl.tensor) -> tl.tensor:
     """Nearest integers, ties to even, of float32 below 2**22 in magnitude: the sum has no bits left for fractions."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def activate(x: Any, ACT: tl.constexpr) -> Any:
+def activate(x: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     """GELU (exact or by tanh) or SiLU of float32; tanh is taken from the sigmoid of twice its argument."""
     if ACT == "gelu_tanh":
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -1,8 +1,8 @@
 """The block Hadamard transform of rows in registers, as `hadamard.transform` defines it, on the tensor cores.
 
 The transform of order 2^a * m is a Kronecker product, so it is applied as a few small products, each over some bits of
-the column's index. A matrix of +-1 is exact in bfloat16, and a float32 row is split into a bfloat16 and what that leaves
-(16 bits of mantissa together, error 2**-17 of the largest element). Orders with m > 1 (Paley) put every run of m
+the column's index. A matrix of +-1 is exact in bfloat16, and a float32 row is split into a bfloat16 and what that
+leaves (16 bits of mantissa together, error 2**-17 of the largest element). Orders with m > 1 (Paley) put every run of m
 columns into `pad` places, the next power of two: loads and stores place them, nothing else needs to know.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....hadamard import factors, matrix
-from ._common import LARGEST_ROW, OPERAND, power_of_two
+from ._common import LARGEST_ROW, power_of_two
 
 SMALLEST, LARGEST = 16, 64  # orders of the products: what a tensor core takes, what is still cheap
 
@@ -87,8 +86,14 @@ def _steps(
 
 @triton.jit
 def _product(
-    x: Any, h: Any, ROWS: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr
-) -> Any:
+    x: tl.tensor,
+    h: tl.tensor,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
     """x (ROWS, PLACES) times a (D, D) matrix over the index that has stride C."""
     A: tl.constexpr = ROWS * PLACES // (D * C)
     i = tl.arange(0, D)
@@ -107,8 +112,8 @@ def _product(
 
 @triton.jit
 def apply(
-    x: Any,
-    h: Any,
+    x: tl.tensor,
+    h: tl.tensor,
     ROWS: tl.constexpr,
     PLACES: tl.constexpr,
     D0: tl.constexpr,
@@ -120,7 +125,7 @@ def apply(
     D3: tl.constexpr,
     C3: tl.constexpr,
     DOT: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Up to four products; the norm is left to the caller."""
     if D0 > 0:
         x = _product(x, h, ROWS, PLACES, D0, C0, DOT)

@@ -3,13 +3,12 @@
 One program holds whole rows in registers, reads the input once and writes codes and a float32 scale a row. Grids are
 those of `ops/quantize_activation.py`. Everything is float32 in between, where layers one by one would round to the
 model's dtype after each. Codes equal those of the torch functions except where x / scale is within about 2**-15 of a
-tie (rounding of the reciprocal; 1e-4 of the codes are off by one) and, with a rotation, 2**-9 of a tie (see `_rotation`).
+tie (rounding of the reciprocal; 1e-4 of the codes are off by one) and, with a rotation, 2**-9 (see `_rotation`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -37,7 +36,7 @@ class Quantized:
 
 
 @triton.jit
-def _normed(x: Any, real: Any, K: Any, eps: Any, NORM: tl.constexpr) -> Any:
+def _normed(x: tl.tensor, real: tl.tensor, K: tl.tensor, eps: tl.tensor, NORM: tl.constexpr) -> tl.tensor:
     if NORM == "layer":
         x = tl.where(real, x - (tl.sum(x, 1) / K)[:, None], 0.0)
         x = x * tl.rsqrt(tl.sum(x * x, 1) / K + eps)[:, None]
@@ -47,8 +46,10 @@ def _normed(x: Any, real: Any, K: Any, eps: Any, NORM: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _rounded(x: Any, TOP: tl.constexpr, HALF: tl.constexpr, GRID: tl.constexpr, SMALLEST: tl.constexpr) -> Any:
-    """Codes (float32), scale and zero of rows (R, places); positions beyond the row are 0, which no range leaves out."""
+def _rounded(
+    x: tl.tensor, TOP: tl.constexpr, HALF: tl.constexpr, GRID: tl.constexpr, SMALLEST: tl.constexpr
+) -> tl.tensor:
+    """Codes (float32), scale and zero of rows (R, places); places beyond the row are 0, which every range holds."""
     if GRID == "asymmetric":
         low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
         scale = tl.maximum(tl.div_rn(high - low, TOP), SMALLEST)
@@ -67,7 +68,17 @@ def _rounded(x: Any, TOP: tl.constexpr, HALF: tl.constexpr, GRID: tl.constexpr, 
 
 
 @triton.jit
-def _project(x: Any, down: Any, out: Any, row: Any, column: Any, M: Any, K: Any, real: Any, RANK: tl.constexpr) -> None:
+def _project(
+    x: tl.tensor,
+    down: tl.tensor,
+    out: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    M: tl.tensor,
+    K: tl.tensor,
+    real: tl.tensor,
+    RANK: tl.constexpr,
+) -> None:
     """out (M, RANK) = x down^T in float32, one rank at a time: `down` comes from the cache."""
     for r in range(RANK):
         d = tl.load(down + r * K + column, mask=real, other=0.0).to(tl.float32)
@@ -76,25 +87,25 @@ def _project(x: Any, down: Any, out: Any, row: Any, column: Any, M: Any, K: Any,
 
 @triton.jit
 def _rows(
-    x_in: Any,
-    codes_out: Any,
-    scale_out: Any,
-    zero_out: Any,
-    residual: Any,
-    gate: Any,
-    residual_out: Any,
-    shift: Any,
-    scale: Any,
-    smooth: Any,
-    sign: Any,
-    h: Any,
-    down: Any,
-    down_out: Any,
-    M: Any,
-    K: Any,
-    T: Any,
-    eps: Any,
-    h_norm: Any,
+    x_in: tl.tensor,
+    codes_out: tl.tensor,
+    scale_out: tl.tensor,
+    zero_out: tl.tensor,
+    residual: tl.tensor,
+    gate: tl.tensor,
+    residual_out: tl.tensor,
+    shift: tl.tensor,
+    scale: tl.tensor,
+    smooth: tl.tensor,
+    sign: tl.tensor,
+    h: tl.tensor,
+    down: tl.tensor,
+    down_out: tl.tensor,
+    M: tl.tensor,
+    K: tl.tensor,
+    T: tl.tensor,
+    eps: tl.tensor,
+    h_norm: tl.tensor,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     GRID: tl.constexpr,
@@ -156,13 +167,13 @@ def _rows(
 
 @triton.jit
 def _down_of_codes(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    down: Any,
-    out: Any,
-    M: Any,
-    K: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    down: tl.tensor,
+    out: tl.tensor,
+    M: tl.tensor,
+    K: tl.tensor,
     RANK: tl.constexpr,
     RP: tl.constexpr,
     BM: tl.constexpr,
@@ -212,7 +223,8 @@ def down_of_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, down: Tenso
     size = max(16, power_of_two(rank))
     block = 64 if rows >= 4096 else 32
     _down_of_codes[(triton.cdiv(rows, block),)](
-        codes, scale, zero, down.contiguous(), out, rows, width, rank, size, block, 128, OPERAND, num_warps=4, num_stages=4
+        codes, scale, zero, down.contiguous(), out, rows, width, rank, size, block, 128, OPERAND,
+        num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
 
