@@ -86,8 +86,8 @@ class Recorder:
         self.faults += spilled > 0
         stages = made.metadata.num_stages
         print(
-            f"{kernel.fn.__name__:18} {self.label:44} {warps:2} {stages:2} {registers:4} {spilled:6} {shared:7} {fit:3} "
-            f" {cores}",
+            f"{kernel.fn.__name__:18} {self.label:44} {warps:2} {stages:2} {registers:4} {spilled:6} {shared:7} "
+            f"{fit:3}  {cores}",
             flush=True,
         )
 

@@ -61,8 +61,8 @@ def _sums(
 ) -> tl.tensor:
     """int32 (BM, BN) of rows of a times rows of b."""
     k = tl.arange(0, BK)
-    pa = a + row.to(tl.int64)[:, None] * K + k[None, :]
-    pb = b + column.to(tl.int64)[None, :] * K + k[:, None]
+    pa = a + row[:, None] * K + k[None, :]
+    pb = b + column[None, :] * K + k[:, None]
     acc = tl.zeros((BM, BN), tl.int32)
     for first in range(0, K, BK):
         if EVEN:
@@ -79,10 +79,11 @@ def _sums(
 @triton.jit
 def _finish(
     acc: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    sample: tl.tensor,
-    inside: tl.tensor,
+    top: tl.tensor,
+    left: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    tokens: tl.tensor,
     N: tl.tensor,
     out: tl.tensor,
     sa: tl.tensor,
@@ -97,27 +98,47 @@ def _finish(
     ACT: tl.constexpr,
     RANK: tl.constexpr,
     RP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ) -> None:
-    """Everything after the sums; rows and columns beyond the matrix repeat the first one and are not stored."""
-    y = acc.to(tl.float32)
-    if za is not None:
-        y -= tl.load(za + row)[:, None] * tl.load(sums + column)[None, :]
-    y = y * tl.load(sa + row)[:, None] * tl.load(sw + column)[None, :]
-    if RANK > 0:
-        r = tl.arange(0, RP)
-        d = tl.load(down + row[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        u = tl.load(up + column[None, :] * RANK + r[:, None], mask=(r < RANK)[:, None], other=0.0)
-        y = tl.dot(d, u.to(tl.float32), y, input_precision="tf32")
-    if bias is not None:
-        y += tl.load(bias + column).to(tl.float32)[None, :]
-    y = activate(y, ACT)
-    here = row.to(tl.int64)[:, None] * N + column[None, :]
-    if residual is not None:
-        if gate is not None:
-            there = sample.to(tl.int64)[:, None] * N + column[None, :]
-            y = y * tl.load(gate + there, mask=inside, other=0.0).to(tl.float32)
-        y += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + here, y.to(out.dtype.element_ty), mask=inside)
+    """Everything after the sums of the tile at (top, left) of a stream whose rows begin at `start`, by halves of wide
+    tiles."""
+    if BN > 128:
+        one, two = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        _finish(
+            one, top, left, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
+            ACT, RANK, RP, BM, BN // 2,
+        )  # fmt: skip
+        _finish(
+            two, top, left + BN // 2, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
+            ACT, RANK, RP, BM, BN // 2,
+        )  # fmt: skip
+    else:
+        row, column = tl.arange(0, BM), left + tl.arange(0, BN)
+        real, exists = row < count - top, column < N
+        inside = real[:, None] & exists[None, :]
+        y = acc.to(tl.float32)
+        tokens_at = start + top + row
+        if za is not None:
+            y -= tl.load(za + tokens_at, mask=real)[:, None] * tl.load(sums + column, mask=exists)[None, :]
+        y = y * tl.load(sa + tokens_at, mask=real)[:, None] * tl.load(sw + column, mask=exists)[None, :]
+        if RANK > 0:
+            r = tl.arange(0, RP)
+            have = (r < RANK)[None, :]
+            d = tl.load(down + tokens_at[:, None] * RANK + r[None, :], mask=real[:, None] & have, other=0.0)
+            u = tl.load(up + column[:, None] * RANK + r[None, :], mask=exists[:, None] & have, other=0.0)
+            y = tl.dot(d, tl.trans(u.to(tl.float32)), y, input_precision="tf32")
+        if bias is not None:
+            y += tl.load(bias + column, mask=exists).to(tl.float32)[None, :]
+        y = activate(y, ACT)
+        first = (start + top).to(tl.int64) * N
+        here = row[:, None] * N + column[None, :]
+        if residual is not None:
+            if gate is not None:
+                there = ((top + row) // tokens)[:, None] * N + column[None, :]
+                y = y * tl.load(gate + there, mask=inside).to(tl.float32)
+            y += tl.load(residual + first + here, mask=inside).to(tl.float32)
+        tl.store(out + first + here, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -161,9 +182,6 @@ def _product(
         rows += tl.cdiv(M1, BM)
     for index in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
         m, n = _tile(index, rows, columns, GROUP)
-        column = n * BN + tl.arange(0, BN)
-        real = column < N
-        column = tl.where(real, column, 0)
         start, count, tokens = 0, M0, T0
         b, sw, sums, bias, up, gate = b0, sw0, sums0, bias0, up0, gate0
         if b1 is not None:  # pointers are chosen, not branches taken: one copy of the code
@@ -179,14 +197,14 @@ def _product(
                 up = tl.where(later, up1, up0)
             if gate0 is not None:
                 gate = tl.where(later, gate1, gate0)
-        row = m * BM + tl.arange(0, BM)
-        inside = (row < count)[:, None] & real[None, :]
-        row = tl.where(row < count, row, 0)
-        sample = row // tokens
-        row += start
-        acc = _sums(a, b, row, column, K, BM, BN, BK, EVEN)
+        # 64 bits for where the tile begins, 32 within it: registers are what the large tiles are short of
+        row, column = tl.arange(0, BM), tl.arange(0, BN)
+        row, column = tl.where(row < count - m * BM, row, 0), tl.where(column < N - n * BN, column, 0)
+        first, left = (start + m * BM).to(tl.int64), (n * BN).to(tl.int64)
+        acc = _sums(a + first * K, b + left * K, row, column, K, BM, BN, BK, EVEN)
         _finish(
-            acc, row, column, sample, inside, N, out, sa, za, sw, sums, bias, down, up, residual, gate, ACT, RANK, RP
+            acc, m * BM, n * BN, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
+            ACT, RANK, RP, BM, BN,
         )  # fmt: skip
 
 
