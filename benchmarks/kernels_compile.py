@@ -161,7 +161,52 @@ def run_int8(quick: bool, record: Recorder) -> None:
     )  # fmt: skip
 
 
-RUNS = {"rows": run_rows, "int8_gemm": run_int8}
+def packed(format: str, n: int, k: int, **params: Any) -> tuple[Any, dict[str, torch.Tensor], tuple[int, int]]:
+    from ditcompress.formats.base import stored_layout
+    from ditcompress.plan import WeightSpec
+
+    spec = WeightSpec(format, params)
+    layout = stored_layout(spec, (n, k))
+    return spec, {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in layout.items()}, (n, k)
+
+
+GROUPS = {"bits": 4, "layout": "group", "group": 64, "symmetric": False, "scale": "uint8"}
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4 g64": ("int", GROUPS), "int3 g32": ("int", {**GROUPS, "bits": 3, "group": 32}),
+    "int2 g32": ("int", {**GROUPS, "bits": 2, "group": 32}), "nf4": ("nf4", {"block": 64}),
+    "fp4 e2m1 g32": ("fp", {"element": "e2m1", "layout": "group"}), "mxfp4": ("mx", {"element": "e2m1"}),
+    "ternary base3": ("ternary", {"packing": "base3"}),
+    "vq 8 bits of 4": ("vq", {"bits": 8, "dim": 4, "row_scale": True}),
+}  # fmt: skip
+
+
+def run_decode(quick: bool, record: Recorder) -> None:
+    from ditcompress.runtime.ops.triton import decode
+
+    for label, (format, params) in list(PACKED.items())[: 1 if quick else None]:
+        for width in (3072,) if quick else (1152, 3072, 15360):
+            weight = packed(format, 3072, width, **params)
+            record.label = f"{label}, K {width}, to int8"
+            decode.decode_int8(*weight)
+            if width == 3072:
+                record.label = f"{label}, K {width}, to e4m3"
+                decode.decode_e4m3(*weight)
+                record.label = f"{label}, K {width}, to bfloat16"
+                decode.decode_float(*weight)
+
+
+def run_small(quick: bool, record: Recorder) -> None:
+    from ditcompress.runtime.ops.triton import small_m
+
+    for rows in (1,) if quick else (1, 64):
+        for label, (format, params) in list(PACKED.items())[: 1 if quick else None]:
+            record.label = f"{rows}x18432x3072, {label}, silu"
+            small_m.product(empty(rows, 3072), *packed(format, 18432, 3072, **params), activation="silu")
+        record.label = f"{rows}x18432x3072, int8"
+        small_m.product(empty(rows, 3072), *packed("int", 18432, 3072))
+
+
+RUNS = {"rows": run_rows, "int8_gemm": run_int8, "decode": run_decode, "small_m": run_small}
 
 
 def main() -> None:

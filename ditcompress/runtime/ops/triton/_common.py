@@ -13,6 +13,7 @@ LARGEST_ROW = 16384  # columns of a row that one program holds in registers
 
 # Triton's interpreter multiplies the bit patterns of bfloat16, so there the operands of products are widened (exactly).
 OPERAND = tl.float32 if interpreted() else tl.bfloat16
+_INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -31,6 +32,17 @@ def activate(x: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     elif ACT == "silu":
         x = x * tl.sigmoid(x)
     return x
+
+
+@triton.jit
+def stored(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 in the dtype of a result. A GPU rounds E4M3 to even; the interpreter cuts it off and loses carries, so
+    there the value is rounded first."""
+    if _INTERPRETED and tl.float8e4nv == DTYPE:
+        pattern = x.to(tl.int32, bitcast=True)
+        normal = ((pattern + 0x7FFFF + ((pattern >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+    return x.to(DTYPE)
 
 
 def power_of_two(value: int) -> int:

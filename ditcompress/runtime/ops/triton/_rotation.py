@@ -99,9 +99,8 @@ def _product(
     i = tl.arange(0, D)
     m = tl.load(h + i[:, None] * D + i[None, :]).to(DOT)
     if C > 1:
-        x = tl.reshape(tl.permute(tl.reshape(x, (A, D, C)), (0, 2, 1)), (A * C, D))
-    else:
-        x = tl.reshape(x, (A, D))
+        x = tl.permute(tl.reshape(x, (A, D, C)), (0, 2, 1))
+    x = tl.reshape(x, (A * C, D))
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
     y = tl.dot(low.to(DOT), m, tl.dot(high.to(DOT), m))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....plan import WeightSpec
 from ..quantize_activation import TINY
-from ._common import LARGEST_ROW, round_even
+from ._common import LARGEST_ROW, round_even, stored
 from ._packed import Packed, decoded, describe, width_of
 
 _TOP_INT8, _TOP_E4M3 = 127.0, 448.0
@@ -74,7 +74,7 @@ def _decode(
     else:
         if MODE == "powers":  # the largest power of two of the row, times one that uses the grid's range
             largest = tl.max(tl.where(inside, step, 0.0), 1)[:, None] * FACTOR
-            values = units * tl.div_rn(step, tl.maximum(largest, SMALLEST) + tl.zeros_like(step))
+            values = units * (step * tl.div_rn(1.0 + tl.zeros_like(largest), tl.maximum(largest, SMALLEST)))
         else:
             values = units * step
             largest = tl.div_rn(tl.max(tl.abs(values), 1), TOP)[:, None]
@@ -84,7 +84,7 @@ def _decode(
             values = round_even(values)
         values = tl.minimum(tl.maximum(values, -TOP), TOP)
     here = row.to(tl.int64) * K + column
-    tl.store(out + here, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + here, stored(values, out.dtype.element_ty), mask=inside)
 
 
 def _launch(packed: Packed, out: Tensor, scale: Tensor | None, mode: str, top: float, factor: float) -> None:

@@ -3,8 +3,8 @@ gated residual.
 
 y = act(scale * (codes - zero) @ (weight * weight scale)^T + bias + down @ up^T), then residual + gate * y. Sums are
 exact int32; the rest is float32, the low-rank product TF32 (10 bits of `down`). Programs stay on their multiprocessor
-and take tiles in an order that keeps a few columns of weights in the cache. Both operands are stored with K last, as the
-8-bit wgmma instructions want them. Loads are plain (cp.async); splitting K is left out: a tile table that fits the
+and take tiles in an order that keeps a few columns of weights in the cache. Both operands are stored with K last, as
+the 8-bit wgmma instructions want them. Loads are plain (cp.async); splitting K is left out: a tile table that fits the
 shapes leaves few waves idle (performance.md, section 2), and it would cost a second pass over the result.
 
 `grouped` multiplies two token streams by a weight each in one launch (FLUX: 512 text rows alone fill a third of an

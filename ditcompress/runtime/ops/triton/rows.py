@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..quantize_activation import TINY
 from . import _rotation
-from ._common import ACTIVATIONS, LARGEST_ROW, OPERAND, activate, power_of_two, round_even
+from ._common import ACTIVATIONS, LARGEST_ROW, OPERAND, activate, power_of_two, round_even, stored
 
 E4M3 = "e4m3"
 _TOP_E4M3 = 448.0
@@ -157,7 +157,7 @@ def _rows(
     if D0 > 0:
         x = _rotation.apply(x, h, ROWS, PLACES, D0, C0, D1, C1, D2, C2, D3, C3, DOT) * h_norm
     codes, step, zero = _rounded(x, TOP, HALF, GRID, SMALLEST)
-    tl.store(codes_out + here, codes.to(codes_out.dtype.element_ty), mask=real)
+    tl.store(codes_out + here, stored(codes, codes_out.dtype.element_ty), mask=real)
     tl.store(scale_out + row, step[:, None], mask=row < M)
     if GRID == "asymmetric":
         tl.store(zero_out + row, zero[:, None], mask=row < M)

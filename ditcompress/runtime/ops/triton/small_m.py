@@ -1,4 +1,4 @@
-"""Packed weights times a few rows: y = act(x) W^T + bias for M <= 64, where reading the weight is all the time there is.
+"""Packed weights times a few rows: y = act(x) W^T + bias for M <= 64, where reading the weight takes all the time.
 
 adaLN linears have one row an image: in 4 bits they are read in a quarter of the time of bfloat16. The weight is decoded
 in registers, rounded to the dtype of x as the reference does, multiplied on the tensor cores and summed in float32 over

@@ -1,7 +1,7 @@
 """Which tile a product runs with: a table where shapes were measured, else a model of waves over the multiprocessors.
 
-The model: a tile's time is its area over the share of peak that such tiles reach, a wave runs `programs` of them on
-every multiprocessor at once, the time is the number of waves, rounded up. The shares are guesses from what others
+The model: a tile's time is its area over the share of peak that such tiles reach, and a multiprocessor takes its share of
+the tiles, rounded up. The shares are guesses from what others
 measured on H100 (large tiles with 8 warps near peak, small ones limited by loads); `benchmarks/kernels.py --tune`
 prints measured lines for `MEASURED`.
 """
@@ -31,8 +31,8 @@ TILES = (
     Tile(128, 128, 128, 4, 3, 2, 0.92),
     Tile(64, 128, 128, 4, 4, 2, 0.80),
     Tile(64, 64, 128, 4, 4, 3, 0.62),
-    Tile(32, 64, 256, 4, 3, 4, 0.25),
-    Tile(16, 64, 256, 4, 4, 3, 0.15),
+    Tile(32, 64, 256, 4, 3, 4, 0.40),
+    Tile(16, 64, 256, 4, 4, 3, 0.25),
 )
 SMALL = Tile(16, 32, 64, 4, 2, 4, 0.1)  # for the interpreter
 
@@ -48,7 +48,7 @@ def bucket(rows: int) -> int:
 def waves(tile: Tile, rows: tuple[int, ...], columns: int, processors: int) -> float:
     """Relative time of a launch with these tiles."""
     tiles = sum(math.ceil(count / tile.m) for count in rows) * math.ceil(columns / tile.n)
-    return math.ceil(tiles / (processors * tile.programs)) * tile.programs * tile.m * tile.n / tile.share
+    return math.ceil(tiles / processors) * tile.m * tile.n / tile.share
 
 
 def choose(rows: tuple[int, ...], columns: int, depth: int, processors: int) -> Tile:
