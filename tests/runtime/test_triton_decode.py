@@ -79,7 +79,7 @@ def one_step(which: WeightSpec) -> bool:
     """One scale a row, and whole numbers within +-127."""
     layout = which.params.get("layout", "row")
     if which.format == "int":
-        symmetric = which.params["symmetric"] if "symmetric" in which.params else True
+        symmetric = which.params.get("symmetric", True)
         eight = not symmetric and which.params["bits"] == 8
         return layout in ("row", "tensor") and not eight and which.params.get("zero") != "int16"
     return which.format in ("fp", "ternary") and layout in ("row", "tensor")
@@ -110,6 +110,15 @@ def test_the_decoded_row_of_mxfp4_is_exact_over_14_binades_and_close_beyond() ->
     codes, scale = decode.decode_e4m3(which, tensors, shape)
     assert torch.equal(codes[0].float() * scale[0], exact[0])
     assert (codes[1].float() * scale[1] - exact[1]).abs().max() <= 2.0**-10 * scale[1].item()
+
+
+def test_what_the_grid_of_a_row_costs() -> None:
+    which, weight = spec("int", bits=4, layout="group", group=64, symmetric=False), noise(16, 1152)
+    tensors = stored(which, weight)
+    exact = dequantize(which, tensors, tuple(weight.shape))
+    codes, scale = decode.decode_int8(which, tensors, tuple(weight.shape))
+    before, after = ((weight - w).square().sum().log10() * 10 for w in (exact, codes * scale))
+    assert after - before < 0.1
 
 
 def test_half_precision_and_wide_rows() -> None:

@@ -1,9 +1,8 @@
 """Which tile a product runs with: a table where shapes were measured, else a model of waves over the multiprocessors.
 
-The model: a tile's time is its area over the share of peak that such tiles reach, and a multiprocessor takes its share of
-the tiles, rounded up. The shares are guesses from what others
-measured on H100 (large tiles with 8 warps near peak, small ones limited by loads); `benchmarks/kernels.py --tune`
-prints measured lines for `MEASURED`.
+The model: a tile's time is its area over the share of peak that such tiles reach, and a multiprocessor takes its part
+of the tiles, rounded up. The shares are guesses from what others measured on H100 (large tiles with 8 warps near peak,
+small ones limited by loads); `benchmarks/kernels.py --tune` prints measured lines for `MEASURED`.
 """
 
 from __future__ import annotations
