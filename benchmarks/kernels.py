@@ -1,4 +1,4 @@
-"""Speed of the Triton kernels on a GPU, against a bfloat16 `F.linear` (products) or a copy (everything bound by memory).
+"""Speed of the Triton kernels on a GPU, against a bfloat16 `F.linear` (products) or a copy (what memory bounds).
 
     python benchmarks/kernels.py [--only int8_gemm] [--quick] [--tune]
 
@@ -256,9 +256,8 @@ def tune(quick: bool) -> None:
 
         times = {tile: timed(tile) for tile in tiles.TILES}
         best, chosen = min(times, key=lambda t: times[t]), tiles.choose((m,), n, k, 132)
-        print(
-            f"    ({tiles.bucket(m)}, {n}, {k}): {best},  # {times[best] * 1e3:.1f} us, chosen {times[chosen] * 1e3:.1f}"
-        )
+        note = f"{times[best] * 1e3:.1f} us, chosen {times[chosen] * 1e3:.1f}"
+        print(f"    ({tiles.bucket(m)}, {n}, {k}): {best},  # {note}")
 
 
 def main() -> None:

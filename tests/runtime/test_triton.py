@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runtime.triton_support import testable
+from tests.runtime.triton_support import why_not
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(bool(testable()), reason=testable())
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests run on it, in this process")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already in the interpreter")
 def test_the_kernels_in_tritons_interpreter() -> None:

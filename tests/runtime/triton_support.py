@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 
-def testable() -> str:
+def why_not() -> str:
     """Why the interpreter cannot be used; empty where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -32,8 +32,8 @@ def kernels(name: str) -> ModuleType:
     """A module of kernels; skips the test file where they cannot run."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed", allow_module_level=True)
-    if DEVICE.type == "cpu" and testable():
-        pytest.skip(testable(), allow_module_level=True)
+    if DEVICE.type == "cpu" and why_not():
+        pytest.skip(why_not(), allow_module_level=True)
     if DEVICE.type == "cpu" and not INTERPRETED:
         pytest.skip("no GPU: test_triton.py runs this file in Triton's interpreter", allow_module_level=True)
     return importlib.import_module(f"ditcompress.runtime.ops.triton.{name}")
