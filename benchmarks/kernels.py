@@ -12,6 +12,7 @@ for the rest, `times` is baseline / ours. --tune tries every tile on every shape
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -247,6 +248,7 @@ def tune(quick: bool) -> None:
     """The fastest tile of every shape, as lines for `MEASURED`."""
     from ditcompress.runtime.ops.triton import int8_gemm, tiles
 
+    engines = [dataclasses.replace(tile, tma=True) for tile in tiles.TILES]
     for m, n, k in QUICK if quick else DIT + FLUX:
         operands = [int8_operands(m, n, k) for _ in range(4)]
 
@@ -254,7 +256,7 @@ def tune(quick: bool) -> None:
             replay = captured([lambda o=o: int8_gemm.product(*o, tile=tile) for o in operands])  # type: ignore[misc]
             return statistics.median(replay() for _ in range(15))
 
-        times = {tile: timed(tile) for tile in tiles.TILES}
+        times = {tile: timed(tile) for tile in (*tiles.TILES, *engines)}
         best, chosen = min(times, key=lambda t: times[t]), tiles.choose((m,), n, k, 132)
         note = f"{times[best] * 1e3:.1f} us, chosen {times[chosen] * 1e3:.1f}"
         print(f"    ({tiles.bucket(m)}, {n}, {k}): {best},  # {note}")

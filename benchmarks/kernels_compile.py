@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -144,10 +145,11 @@ def run_int8(quick: bool, record: Recorder) -> None:
     from ditcompress.runtime.ops.triton import int8_gemm, tiles
 
     shape = (4608, 3072, 3072)
-    for tile in tiles.TILES[:2] if quick else tiles.TILES:
-        record.label = f"{tile.m}x{tile.n}x{tile.k} bias"
+    engines = [dataclasses.replace(tile, tma=True) for tile in tiles.TILES[:4]]
+    for tile in tiles.TILES[:1] if quick else (*tiles.TILES, *engines):
+        record.label = f"{tile.m}x{tile.n}x{tile.k}{' tma' if tile.tma else ''} bias"
         int8_gemm.product(*int8_operands(*shape), tile=tile)
-        record.label = f"{tile.m}x{tile.n}x{tile.k} zero, rank 32, gelu"
+        record.label = f"{tile.m}x{tile.n}x{tile.k}{' tma' if tile.tma else ''} zero, rank 32, gelu"
         codes, scale, weight = int8_operands(*shape, rank=32)
         down = empty(4608, 32, dtype=torch.float32)
         int8_gemm.product(codes, scale, weight, zero=scale, down=down, activation="gelu_tanh", tile=tile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,14 @@ def test_products_of_any_shape(shape: tuple[int, int, int], asymmetric: bool) ->
     codes, scale, weight = operands(*shape)
     zero = torch.round(noise(shape[0], 1, seed=9) * 50) if asymmetric else None
     close(gemm.product(codes, scale, weight, zero=zero, dtype=torch.float32), exact(codes, scale, weight, zero))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (17, 33, 80), (40, 70, 208)])
+def test_loads_by_descriptor_give_the_same(shape: tuple[int, int, int]) -> None:
+    codes, scale, weight = operands(*shape)
+    by_engine = dataclasses.replace(tiles.SMALL if INTERPRETED else tiles.TILES[3], tma=True)
+    plain = gemm.product(codes, scale, weight, dtype=torch.float32)
+    assert torch.equal(gemm.product(codes, scale, weight, dtype=torch.float32, tile=by_engine), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,8 @@ gated residual.
 y = act(scale * (codes - zero) @ (weight * weight scale)^T + bias + down @ up^T), then residual + gate * y. Sums are
 exact int32; the rest is float32, the low-rank product TF32 (10 bits of `down`). Programs stay on their multiprocessor
 and take tiles in an order that keeps a few columns of weights in the cache. Both operands are stored with K last, as
-the 8-bit wgmma instructions want them. Loads are plain (cp.async); splitting K is left out: a tile table that fits the
+the 8-bit wgmma instructions want them. Loads are plain (cp.async), or descriptors where a tile says so (`tma`: one weight,
+K a multiple of 16, Hopper and later); splitting K is left out: a tile table that fits the
 shapes leaves few waves idle (performance.md, section 2), and it would cost a second pass over the result.
 
 `grouped` multiplies two token streams by a weight each in one launch (FLUX: 512 text rows alone fill a third of an
@@ -14,11 +15,13 @@ H200): the rows of both lie in one matrix, those of the first stream first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import interpreted, processors, tiles
 from ._common import ACTIVATIONS, activate, power_of_two
@@ -59,7 +62,7 @@ def _sums(
     BK: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """int32 (BM, BN) of rows of a times rows of b."""
+    """int32 (BM, BN) of rows of a times rows of b, both pointers to the first element."""
     k = tl.arange(0, BK)
     pa = a + row[:, None] * K + k[None, :]
     pb = b + column[None, :] * K + k[:, None]
@@ -73,6 +76,18 @@ def _sums(
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         pa += BK
         pb += BK
+    return acc
+
+
+@triton.jit
+def _sums_by_descriptor(
+    a: tl.tensor, b: tl.tensor, top: tl.tensor, left: tl.tensor, K: tl.tensor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`_sums` of tensor descriptors, which read zeros beyond the matrix."""
+    acc = tl.zeros((BM, BN), tl.int32)
+    for first in range(0, K, BK):
+        acc = tl.dot(a.load([top, first]), b.load([left, first]).T, acc, out_dtype=tl.int32)
     return acc
 
 
@@ -175,6 +190,7 @@ def _product(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> None:
     columns, rows0 = tl.cdiv(N, BN), tl.cdiv(M0, BM)
     rows = rows0
@@ -197,15 +213,23 @@ def _product(
                 up = tl.where(later, up1, up0)
             if gate0 is not None:
                 gate = tl.where(later, gate1, gate0)
-        # 64 bits for where the tile begins, 32 within it: registers are what the large tiles are short of
-        row, column = tl.arange(0, BM), tl.arange(0, BN)
-        row, column = tl.where(row < count - m * BM, row, 0), tl.where(column < N - n * BN, column, 0)
-        first, left = (start + m * BM).to(tl.int64), (n * BN).to(tl.int64)
-        acc = _sums(a + first * K, b + left * K, row, column, K, BM, BN, BK, EVEN)
+        if TMA:
+            acc = _sums_by_descriptor(a, b, m * BM, n * BN, K, BM, BN, BK)
+        else:  # 64 bits for where the tile begins, 32 within it: registers are what the large tiles are short of
+            row, column = tl.arange(0, BM), tl.arange(0, BN)
+            row, column = tl.where(row < count - m * BM, row, 0), tl.where(column < N - n * BN, column, 0)
+            first, left = (start + m * BM).to(tl.int64), (n * BN).to(tl.int64)
+            acc = _sums(a + first * K, b + left * K, row, column, K, BM, BN, BK, EVEN)
         _finish(
             acc, m * BM, n * BN, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
             ACT, RANK, RP, BM, BN,
         )  # fmt: skip
+
+
+def _descriptors(codes: Tensor, weights: int) -> bool:
+    """Whether the copy engine can read these operands."""
+    hopper = codes.device.type != "cuda" or torch.cuda.get_device_capability(codes.device) >= (9, 0)
+    return hopper and weights == 1 and codes.shape[1] % 16 == 0
 
 
 def _check(codes: Tensor, weights: tuple[Weight, ...], rows: tuple[int, ...], zero: Tensor | None) -> None:
@@ -260,19 +284,23 @@ def grouped(
     total = sum(triton.cdiv(m, tile.m) for m in rows) * triton.cdiv(columns, tile.n)
     if not total:
         return out
-    fields = []
+    fields: list[Any] = []
     for i in range(2):
         w = weights[i] if i < len(weights) else None
         gate = None if gates is None or w is None else gates[i].contiguous()
         parts = (None,) * 5 if w is None else (w.codes, w.scale, w.row_sum, w.bias, w.up)
         fields += [None if part is None else part.contiguous() for part in parts] + [gate]
     last = rows[1] if len(rows) > 1 else 0
+    codes, tma = codes.contiguous(), tile.tma and _descriptors(codes, len(weights))
+    if tma:
+        fields[0] = TensorDescriptor.from_tensor(fields[0], [tile.n, tile.k])
+        codes = TensorDescriptor.from_tensor(codes, [tile.m, tile.k])
     tokens = [1, 1] if gates is None else [_tokens(m, gate) for m, gate in zip(rows, gates, strict=True)]
     tokens += [1] * (2 - len(tokens))
     _product[(min(total, count * tile.programs),)](
-        codes.contiguous(), scale, zero, down, None if residual is None else residual.contiguous(), out, *fields,
+        codes, scale, zero, down, None if residual is None else residual.contiguous(), out, *fields,
         rows[0], last, columns, depth, *tokens, activation, rank, max(16, power_of_two(rank)),
-        tile.m, tile.n, tile.k, 8, depth % tile.k == 0, num_warps=tile.warps, num_stages=tile.stages,
+        tile.m, tile.n, tile.k, 8, depth % tile.k == 0, tma, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -23,6 +23,7 @@ class Tile:
     stages: int
     programs: int
     share: float  # of peak, once every multiprocessor is busy
+    tma: bool = False  # operands by the bulk copy engine of Hopper: not measured yet, `--tune` tries both
 
 
 TILES = (
