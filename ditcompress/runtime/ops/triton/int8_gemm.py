@@ -4,9 +4,9 @@ gated residual.
 y = act(scale * (codes - zero) @ (weight * weight scale)^T + bias + down @ up^T), then residual + gate * y. Sums are
 exact int32; the rest is float32, the low-rank product TF32 (10 bits of `down`). Programs stay on their multiprocessor
 and take tiles in an order that keeps a few columns of weights in the cache. Both operands are stored with K last, as
-the 8-bit wgmma instructions want them. Loads are plain (cp.async), or descriptors where a tile says so (`tma`: one weight,
-K a multiple of 16, Hopper and later); splitting K is left out: a tile table that fits the
-shapes leaves few waves idle (performance.md, section 2), and it would cost a second pass over the result.
+the 8-bit wgmma instructions want them. Loads are plain (cp.async), or descriptors where a tile says so (`tma`: one
+weight, K a multiple of 16, Hopper and later). Splitting K is left out: tiles that fit the shape leave few waves idle,
+and it would cost a second pass over the result.
 
 `grouped` multiplies two token streams by a weight each in one launch (FLUX: 512 text rows alone fill a third of an
 H200): the rows of both lie in one matrix, those of the first stream first.
@@ -115,18 +115,19 @@ def _finish(
     RP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
-    """Everything after the sums of the tile at (top, left) of a stream whose rows begin at `start`, by halves of wide
-    tiles."""
-    if BN > 128:
+    """Everything after the sums of the tile at (top, left) of a stream whose rows begin at `start`, by halves of
+    tiles wider than WIDTH (64 numbers a thread)."""
+    if BN > WIDTH:
         one, two = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         _finish(
             one, top, left, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
-            ACT, RANK, RP, BM, BN // 2,
+            ACT, RANK, RP, BM, BN // 2, WIDTH,
         )  # fmt: skip
         _finish(
             two, top, left + BN // 2, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
-            ACT, RANK, RP, BM, BN // 2,
+            ACT, RANK, RP, BM, BN // 2, WIDTH,
         )  # fmt: skip
     else:
         row, column = tl.arange(0, BM), left + tl.arange(0, BN)
@@ -191,6 +192,7 @@ def _product(
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     columns, rows0 = tl.cdiv(N, BN), tl.cdiv(M0, BM)
     rows = rows0
@@ -222,7 +224,7 @@ def _product(
             acc = _sums(a + first * K, b + left * K, row, column, K, BM, BN, BK, EVEN)
         _finish(
             acc, m * BM, n * BN, start, count, tokens, N, out, sa, za, sw, sums, bias, down, up, residual, gate,
-            ACT, RANK, RP, BM, BN,
+            ACT, RANK, RP, BM, BN, WIDTH,
         )  # fmt: skip
 
 
@@ -300,7 +302,8 @@ def grouped(
     _product[(min(total, count * tile.programs),)](
         codes, scale, zero, down, None if residual is None else residual.contiguous(), out, *fields,
         rows[0], last, columns, depth, *tokens, activation, rank, max(16, power_of_two(rank)),
-        tile.m, tile.n, tile.k, 8, depth % tile.k == 0, tma, num_warps=tile.warps, num_stages=tile.stages,
+        tile.m, tile.n, tile.k, 8, depth % tile.k == 0, tma,
+        2048 * tile.warps // tile.m, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
