@@ -1,7 +1,7 @@
 """E4M3 tokens times E4M3 weights, a scale for each row of both: `torch._scaled_mm`, which calls cuBLAS or CUTLASS.
 
-There is no Triton in it; it lies here because it takes what `rows` and `decode` make. Without FP8 units (before compute
-capability 8.9, on a CPU) the same codes are multiplied in float32.
+There is no Triton in it; it lies here because it takes what `rows` and `decode` make. Without FP8 units (before Hopper, on a
+CPU) the same codes are multiplied in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FIRST = (8, 9)  # compute capability with FP8 tensor cores; scales a row need 9.0
+FIRST = (9, 0)  # compute capability: FP8 tensor cores, and scales a row
 ALIGNED = 16
 
 
@@ -23,7 +23,7 @@ def available(device: torch.device) -> bool:
         device.type == "cuda"
         and hasattr(torch, "_scaled_mm")
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and torch.cuda.get_device_capability(device) >= FIRST
     )
 
 
@@ -63,7 +63,7 @@ def product(
         return (y if bias is None else y + bias.float()).to(dtype)
     codes, weight = padded(codes), padded(weight, rows=True)
     row = F.pad(weight_scale.reshape(1, -1), (0, weight.shape[0] - weight_scale.numel()))
-    half = torch.bfloat16 if dtype == torch.float32 else dtype  # rows' scales come with 16-bit results only
-    y = torch._scaled_mm(codes, weight.t(), scale_a=scale, scale_b=row, out_dtype=half, use_fast_accum=False)
+    # with a scale a row the result can only be bfloat16
+    y = torch._scaled_mm(codes, weight.t(), scale_a=scale, scale_b=row, out_dtype=torch.bfloat16, use_fast_accum=False)
     y = y[:, :wanted].to(dtype)
     return y if bias is None else y + bias.to(dtype)

@@ -143,7 +143,7 @@ def _finish(
             have = (r < RANK)[None, :]
             d = tl.load(down + tokens_at[:, None] * RANK + r[None, :], mask=real[:, None] & have, other=0.0)
             u = tl.load(up + column[:, None] * RANK + r[None, :], mask=exists[:, None] & have, other=0.0)
-            y = tl.dot(d, tl.trans(u.to(tl.float32)), y, input_precision="tf32")
+            y = tl.dot(d.to(tl.float32), tl.trans(u.to(tl.float32)), y, input_precision="tf32")
         if bias is not None:
             y += tl.load(bias + column, mask=exists).to(tl.float32)[None, :]
         y = activate(y, ACT)
@@ -293,6 +293,7 @@ def grouped(
         parts = (None,) * 5 if w is None else (w.codes, w.scale, w.row_sum, w.bias, w.up)
         fields += [None if part is None else part.contiguous() for part in parts] + [gate]
     last = rows[1] if len(rows) > 1 else 0
+    common = [None if t is None else t.contiguous() for t in (scale, zero, down, residual)]
     codes, tma = codes.contiguous(), tile.tma and _descriptors(codes, len(weights))
     if tma:
         fields[0] = TensorDescriptor.from_tensor(fields[0], [tile.n, tile.k])
@@ -300,7 +301,7 @@ def grouped(
     tokens = [1, 1] if gates is None else [_tokens(m, gate) for m, gate in zip(rows, gates, strict=True)]
     tokens += [1] * (2 - len(tokens))
     _product[(min(total, count * tile.programs),)](
-        codes, scale, zero, down, None if residual is None else residual.contiguous(), out, *fields,
+        codes, *common, out, *fields,
         rows[0], last, columns, depth, *tokens, activation, rank, max(16, power_of_two(rank)),
         tile.m, tile.n, tile.k, 8, depth % tile.k == 0, tma,
         2048 * tile.warps // tile.m, num_warps=tile.warps, num_stages=tile.stages,

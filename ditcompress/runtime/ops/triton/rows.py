@@ -151,9 +151,9 @@ def _rows(
         x += tl.load(shift + there, mask=real, other=0.0).to(tl.float32)
     x = activate(x, ACT)
     if smooth is not None:
-        x = tl.div_rn(x, tl.load(smooth + column, mask=real, other=1.0))
+        x = tl.div_rn(x, tl.load(smooth + column, mask=real, other=1.0).to(tl.float32))
     if sign is not None:
-        x = x * tl.load(sign + column, mask=real, other=0.0)
+        x = x * tl.load(sign + column, mask=real, other=0.0).to(tl.float32)
     if D0 > 0:
         x = _rotation.apply(x, h, ROWS, PLACES, D0, C0, D1, C1, D2, C2, D3, C3, DOT) * h_norm
     codes, step, zero = _rounded(x, TOP, HALF, GRID, SMALLEST)
@@ -251,7 +251,7 @@ def quantize_rows(
     """Codes of x (..., K) as rows (M, K), in this order: residual + gate * x, norm ("layer", "rms"; no weights),
     * (1 + scale) + shift, activation, / smooth, * sign, Hadamard transform of order `rotate`, rounding.
 
-    shift, scale, gate: (B, K), for M / B consecutive rows each. smooth, sign: (K,) float32. down: (R, K), of the
+    shift, scale, gate: (B, K), for M / B consecutive rows each. smooth, sign: (K,), a sign in any dtype. down: (R, K), of the
     "rounded" or the "float" input that it meets after the transform. ValueError for what `supported` denies.
     """
     width = x.shape[-1]
