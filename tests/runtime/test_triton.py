@@ -31,10 +31,11 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler runs on Linux")
-def test_the_kernels_compile_for_hopper_without_spills() -> None:
+def test_the_kernels_compile_for_hopper_without_spills(tmp_path: Path) -> None:
     """The interpreter takes what the compiler does not; machine code for sm_90 needs no GPU to be made."""
     command = [sys.executable, str(HERE.parents[1] / "benchmarks" / "kernels_compile.py"), "--quick"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "IGMMA" in done.stdout, done.stdout  # the 8-bit tensor cores of Hopper, not those of Ampere

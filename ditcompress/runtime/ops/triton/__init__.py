@@ -2,6 +2,7 @@
 
 `rows`: normalize, rotate and quantize tokens in one pass. `int8_gemm`: the 8-bit product with everything that follows
 it. `decode`: packed weights to the 8-bit grid. `small_m`: packed weights times a few rows. `fp8`: E4M3 products.
+`library`: the first two as operators for torch.compile. Tensors must lie on the current CUDA device.
 
 Triton is imported by those modules, never by this one: ask `available` first. Without a GPU the kernels run under
 Triton's interpreter (TRITON_INTERPRET=1 in the environment before the first import), which is how they are tested;

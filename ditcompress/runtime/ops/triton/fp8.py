@@ -1,7 +1,7 @@
 """E4M3 tokens times E4M3 weights, a scale for each row of both: `torch._scaled_mm`, which calls cuBLAS or CUTLASS.
 
-There is no Triton in it; it lies here because it takes what `rows` and `decode` make. Without FP8 units (before Hopper, on a
-CPU) the same codes are multiplied in float32.
+There is no Triton in it; it lies here because it takes what `rows` and `decode` make. Without FP8 units (before Hopper,
+on a CPU) the same codes are multiplied in float32.
 """
 
 from __future__ import annotations

@@ -251,8 +251,8 @@ def quantize_rows(
     """Codes of x (..., K) as rows (M, K), in this order: residual + gate * x, norm ("layer", "rms"; no weights),
     * (1 + scale) + shift, activation, / smooth, * sign, Hadamard transform of order `rotate`, rounding.
 
-    shift, scale, gate: (B, K), for M / B consecutive rows each. smooth, sign: (K,), a sign in any dtype. down: (R, K), of the
-    "rounded" or the "float" input that it meets after the transform. ValueError for what `supported` denies.
+    shift, scale, gate: (B, K), for M / B consecutive rows each. smooth, sign: (K,). down: (R, K), of the "rounded"
+    or the "float" input that it meets after the transform. ValueError for what `supported` denies.
     """
     width = x.shape[-1]
     x = x.reshape(-1, width).contiguous()
