@@ -61,9 +61,8 @@ def main() -> None:
             recipe.write_text(RECIPE.format(name=name, weight=weight))
             models.append(Path(scratch) / name)
             api.quantize(plain, str(recipe), models[-1], reporter=Silent())
-        print(
-            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        machine = platform.processor() or platform.machine()
+        print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         for batch in options.batch:
             facts = api.bench(
                 models, batch=batch, modes=options.mode, seconds=options.seconds, steps=options.steps,

@@ -13,7 +13,13 @@ from torch import nn
 from .ops.base import registry
 from .scheme import Scheme
 
-ORDER = ("cpu_int8", "reference")  # the fastest first; the last runs everything
+ORDER = (
+    "cpu_int8",
+    "triton_int8",
+    "triton_fp8",
+    "triton_float",
+    "reference",
+)  # the fastest first; the last runs everything
 KERNELS = {name: registry.get(name) for name in ORDER}
 DEVICES = ("cpu", "cuda")
 

@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
         For code that looks at `linear.weight` (dtype, device, export); the forward pass does not use it."""
         weight = self.dequantize()
         if self.scheme.rotate:
-            weight = unrotate(weight, self._sign(), self.scheme.rotate)
+            weight = unrotate(weight, self.signs(), self.scheme.rotate)
         return weight / self.smooth if self.scheme.smooth == "online" else weight
 
     @property
@@ -95,7 +95,8 @@ class PackedLinear(nn.Module):
             weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
         return weight
 
-    def _sign(self) -> Tensor:
+    def signs(self) -> Tensor:
+        """Of the rotation, float32 (in,)."""
         return unpack_signs(self.rotate_sign, self.in_features)
 
     def decoded(self) -> Tensor:
@@ -143,15 +144,15 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {activation}{more}"
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if self.scheme.smooth == "online":
-            x = x / self.smooth.to(dtype) if dtype == torch.float32 else (x.float() / self.smooth)
-        if self.scheme.rotate:
-            x = rotate(x.float(), self._sign(), self.scheme.rotate)
         kernel = self.kernel(x.device.type)
-        y: Tensor = KERNELS[kernel].run(self, x, self._prepared(kernel, dtype), dtype)
-        y = y if self.bias is None else y + self.bias.to(dtype)
+        y: Tensor = KERNELS[kernel].run(self, x, self._prepared(kernel, x.dtype), x.dtype)
         return normed(y, self.output_gain) if self.scheme.output_norm else y
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """x smoothed and rotated, which is what is rounded; float32 where anything was done."""
+        if self.scheme.smooth == "online":
+            x = x.float() / self.smooth
+        return rotate(x.float(), self.signs(), self.scheme.rotate) if self.scheme.rotate else x
 
     def _prepared(self, kernel: str, dtype: torch.dtype) -> Made:
         keep = self.decode_when == "load"

@@ -45,6 +45,16 @@ def packed(scheme: Scheme, rows: int, columns: int, bias: bool = True) -> Packed
     return layer
 
 
+def fitted(scheme: Scheme, rows: int, columns: int) -> PackedLinear:
+    """A layer of random weights in any format, without bias, low rank or smoothing of its own."""
+    fmt, params = resolve(scheme.weight)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    layer, grid = PackedLinear(columns, rows, True, scheme), fmt.fit(weight, params)
+    stored = fmt.pack(fmt.code(weight, grid, params), grid, params)
+    layer.load_state_dict({**stored, "bias": torch.zeros(rows)}, assign=True)
+    return layer
+
+
 def inputs(tokens: int, columns: int, outliers: bool = False) -> torch.Tensor:
     x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(1))
     if outliers:
@@ -209,14 +219,8 @@ FORMATS = {
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
 def test_every_format_is_traced_without_a_break_and_decoded_once_if_asked(spec: WeightSpec) -> None:
-    fmt, params = resolve(spec)
-    weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     for activation in (ActivationSpec(), ActivationSpec("token", 8, False)):
-        layer = PackedLinear(48, 24, True, Scheme(spec, activation))
-        grid = fmt.fit(weight, params)
-        layer.load_state_dict(
-            {**fmt.pack(fmt.code(weight, grid, params), grid, params), "bias": torch.zeros(24)}, assign=True
-        )
+        layer = fitted(Scheme(spec, activation), 24, 48)
         x = inputs(6, 48)
         expected = fake_quantize(x, activation) @ layer.dequantize().T
         assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditcompress import hadamard
-from ditcompress.runtime.ops.quantize_activation import quantize_token, quantize_token_asymmetric
+from ditcompress.runtime.activation import quantize_token, quantize_token_asymmetric
 from tests.runtime.triton_support import DEVICE, INTERPRETED, kernels, noise
 
 rows = kernels("rows")

@@ -22,7 +22,7 @@ from ...formats.base import is_int8
 from ...plan import ActivationSpec
 from ..activation import quantize_token, quantize_token_asymmetric
 from ..scheme import Scheme
-from .base import Layer, Made, low_rank
+from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
 PART, TOKENS = 1024, 256  # rows of the weight, and tokens, at a time: codes and sums fit into the cache
@@ -60,10 +60,14 @@ def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def supports(scheme: Scheme, device: str) -> bool:
-    """INT8 tokens with one scale each, weights that are INT8 with a scale a row, a CPU that adds exactly."""
+    """Integers on both sides, and a CPU that adds exactly."""
+    return device == "cpu" and integers(scheme) and available()
+
+
+def integers(scheme: Scheme) -> bool:
+    """Tokens of at most 8 bits with one scale each, weights that are INT8 with a scale a row."""
     tokens = scheme.activation
-    plain = tokens.mode == "token" and tokens.element == "int" and not tokens.group
-    return device == "cpu" and plain and is_int8(scheme.weight) and available()
+    return tokens.mode == "token" and tokens.element == "int" and not tokens.group and is_int8(scheme.weight)
 
 
 def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
@@ -80,8 +84,8 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
     holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
-    spec = layer.scheme.activation
-    codes, scale, zero = _tokens(x, spec)
+    x = layer.transformed(x)
+    codes, scale, zero = _tokens(x, layer.scheme.activation)
     flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     y = torch.empty(len(flat), layer.out_features, dtype=dtype, device=x.device)
@@ -98,10 +102,10 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
                 result.addcmul_(zero.reshape(-1, 1)[some], made["row_sum"][start:stop], value=-1)
             y[some, start:stop] = result.mul_(scales[some]).mul_(weight_scale.reshape(-1))
     y = y.reshape(*x.shape[:-1], -1)
-    if not layer.scheme.rank:
-        return y
-    rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
-    return (y + low_rank(layer, x.float() if layer.scheme.low_rank_input == "float" else rounded)).to(dtype)
+    rounded = None
+    if layer.scheme.rank:
+        y, rounded = y.float(), codes.float() * scale if zero is None else (codes.float() - zero) * scale
+    return finished(layer, y, x, rounded, dtype)
 
 
 def _tokens(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activation import fake_quantize
 from ..scheme import Scheme
-from .base import Layer, Made, low_rank
+from .base import Layer, Made, finished
 
 SAYS = "decoded to floating point, product in the input's type"
 
@@ -35,16 +35,20 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    spec, stored = layer.scheme.activation, layer.stored_tensors()
-    rounded = x.to(dtype)
-    if spec.mode != "none":
-        scale = stored["input_scale"] if spec.mode == "static" else None
-        zero = stored["input_zero"] if spec.mode == "static" and not spec.symmetric else None
-        rounded = fake_quantize(x, spec, scale, zero).to(dtype)
+    x = layer.transformed(x)
+    rounded = on_grid(layer, x).to(dtype)
     weight = made or decoded(layer, dtype)
     y = torch.nn.functional.linear(rounded, weight["weight"])
     if "scale" in weight:
         y = (y * weight["scale"]).to(dtype)
-    if not layer.scheme.rank:
-        return y
-    return y + low_rank(layer, x.to(dtype) if layer.scheme.low_rank_input == "float" else rounded)
+    return finished(layer, y, x, rounded, dtype)
+
+
+def on_grid(layer: Layer, x: Tensor) -> Tensor:
+    """The transformed input rounded as the scheme says."""
+    spec, stored = layer.scheme.activation, layer.stored_tensors()
+    if spec.mode == "none":
+        return x
+    scale = stored["input_scale"] if spec.mode == "static" else None
+    zero = stored["input_zero"] if spec.mode == "static" and not spec.symmetric else None
+    return fake_quantize(x, spec, scale, zero)

@@ -40,6 +40,11 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and interpreted()
 
 
+def on_gpu() -> bool:
+    """Whether a CUDA device of this machine runs the kernels; where there is none, whether one would."""
+    return installed() and (not torch.cuda.is_available() or available(torch.device("cuda")))
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a few in the interpreter, so that persistent loops go round."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....formats import _floats, nf4
+from ....formats import _floats, _scales, nf4
 from ....formats.base import resolve
 from ....plan import WeightSpec
 from ._common import power_of_two
@@ -113,6 +113,9 @@ def describe(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, 
         "shape": shape, "codes": tensors["qweight"].contiguous(), "scale": tensors.get("scale"),
         "row_scale": tensors.get("row_scale"), "scales": "two_level" if two_level else "float",
     }  # fmt: skip
+    if two_level and params.scale == "uint4":  # a byte each, as the kernels read them: small beside the codes
+        groups = _scales.grid_shape(params.layout, params.group, shape)[1]
+        common["scale"] = _scales.numbers(tensors, groups)
     if spec.format == "int":
         return _integers(tensors, params, common)
     if spec.format == "ternary":

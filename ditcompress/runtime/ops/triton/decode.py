@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....plan import WeightSpec
-from ..quantize_activation import TINY
+from ...activation import TINY
 from ._common import LARGEST_ROW, round_even, stored
 from ._packed import Packed, decoded, describe, width_of
 

@@ -1,7 +1,7 @@
 """Tokens to 8-bit codes in one pass over memory: residual update, norm, modulation, activation, rotation, rounding.
 
 One program holds whole rows in registers, reads the input once and writes codes and a float32 scale a row. Grids are
-those of `ops/quantize_activation.py`. Everything is float32 in between, where layers one by one would round to the
+those of `runtime/activation.py`. Everything is float32 in between, where layers one by one would round to the
 model's dtype after each. Codes equal those of the torch functions except where x / scale is within about 2**-15 of a
 tie (rounding of the reciprocal; 1e-4 of the codes are off by one) and, with a rotation, 2**-9 (see `_rotation`).
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantize_activation import TINY
+from ...activation import TINY
 from . import _rotation
 from ._common import ACTIVATIONS, LARGEST_ROW, OPERAND, activate, power_of_two, round_even, stored
 
