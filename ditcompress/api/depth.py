@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.collect import CalibrationSettings
 from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
-from ..checkpoint.reader import Checkpoint, check_finite, check_tensors, open_checkpoint
+from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..errors import DitcompressError
-from ..loading import expected_shapes, meta_model, open_model
+from ..loading import open_model
 from ..measures import ratio_db
 from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
 from ..offload import check_offload, load_to_run
@@ -44,12 +43,11 @@ from ..pruning import (
 )  # fmt: skip
 from ..pruning import width as widths
 from ..recipe import read_yaml
-from ..report.card import pruned_card
 from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
 from . import _memory
+from ._pruned import write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
-from .compress import copy_scheduler
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
@@ -367,28 +365,15 @@ def _write(
     checkpoint: Checkpoint, partial: Path, cut_names: tuple[Cut, dict[str, str]], facts: dict[str, Any],
     choice: Choice, max_shard_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The folder: tensors one by one under their new names, the shorter config.json, prune.json, the pipeline's other
-    parts; then the names and shapes are checked against the model that will be built of it. Returns all facts."""
-    component = checkpoint.component if checkpoint.pipeline else ""
-    folder = partial / component
-    folder.mkdir(exist_ok=True)
+    """Tensors one by one under their new names, the shorter config.json, prune.json. Returns all facts."""
     cut, names = cut_names
     facts = _joined(facts, cut.facts, choice)
-    writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-    for name in sorted(names):
-        tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
-        tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
-        writer.add(name, cut.apply(name, tensor))
-    files = writer.finish()
-    (folder / "config.json").write_text(json.dumps(cut.config, indent=2, sort_keys=True) + "\n")
-    check_tensors(open_checkpoint(folder), expected_shapes(meta_model(cut.config)))
-    (folder / "prune.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, partial, component)
-    elif checkpoint.scheduler_folder:
-        copy_scheduler(checkpoint.scheduler_folder, partial)
-    size = sum(file.stat().st_size for file in files)
-    card = pruned_card(checkpoint.path.name, checkpoint.class_name, facts, checkpoint.total_bytes, size,
-                       checkpoint.pipeline is not None)  # fmt: skip
-    (partial / "README.md").write_text(card, encoding="utf-8")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(names):
+            tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
+            tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
+            yield name, cut.apply(name, tensor)
+
+    write_pruned(checkpoint, partial, cut.config, tensors(), facts, max_shard_bytes)
     return facts
