@@ -370,7 +370,13 @@ def _write(
     facts = _joined(facts, cut.facts, choice)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(names):
+        dtypes = {cut.gone(name): checkpoint.tensors[old].dtype for name, old in names.items() if cut.gone(name)}
+        added = {f"{path}.{name}": tensor.to("cpu", dtypes[path])
+                 for path, linear in cut.linear.items() for name, tensor in linear.state_dict().items()}  # fmt: skip
+        for name in sorted({*(name for name in names if not cut.gone(name)), *added}):
+            if name in added:
+                yield name, added[name]
+                continue
             tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
             tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
             yield name, cut.apply(name, tensor)

@@ -75,12 +75,17 @@ def with_ratio(width: Width, ratio: float) -> Width:
 @dataclass(frozen=True)
 class Cut:
     """The configuration after the cut, what is left of each tensor as (dimension, indices), new values of tensors in
-    their old shapes, and the facts."""
+    their old shapes, and the facts. `linear`: linears in the place of feed-forwards, by path."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
     left: Mapping[str, Sequence[tuple[int, Tensor]]] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    linear: Mapping[str, nn.Linear] = field(default_factory=dict)
+
+    def gone(self, name: str) -> str:
+        """The linear that takes the place of the tensor `name` and others, or ""."""
+        return next((path for path in self.linear if name.startswith(f"{path}.")), "")
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         tensor = self.tensors[name].to("cpu", tensor.dtype) if name in self.tensors else tensor
@@ -103,13 +108,19 @@ def _narrowing(context: Context, width: Width) -> tuple[Narrowing, dict[str, Any
         a.name: {"kept": len(found.kept[a.name]), "of": a.size // a.unit_size} for a in axes if a.name in found.kept
     }
     own = None if not found.damage else ratio_db(found.damage)
-    return found, {"width": {**width.settings(), "output_sqnr_db": own, "axes": rows}, "stock": True,
-                   "output_sqnr_db": None}  # fmt: skip
+    facts = {**width.settings(), "output_sqnr_db": own, "axes": rows}
+    facts |= {"linear": list(found.linear)} if found.linear else {}
+    return found, {"width": facts, "stock": True, "output_sqnr_db": None}
 
 
 def sharing_config(config: Mapping[str, Any], shared: Mapping[str, str]) -> dict[str, Any]:
     """`config` of a model in which each module `shared` is the one that it names."""
     return {**config, "quantization_config": DitcompressConfig({}, {}, recipe="prune", shared=shared).to_dict()}
+
+
+def _linear_config(linear: Mapping[str, nn.Linear]) -> DitcompressConfig:
+    """That of a model in which these stand for feed-forwards."""
+    return DitcompressConfig({}, {}, recipe="prune", linear=sorted(linear))
 
 
 def tied_model(model: nn.Module, shared: Mapping[str, str]) -> None:
@@ -124,6 +135,9 @@ def cut_of(config: dict[str, Any], width: Width, ready: Callable[[], Context]) -
         return Cut(config, NOTHING)
     context = ready()
     found, facts = _narrowing(context, width)
+    if found.linear:
+        config = {**config, "quantization_config": _linear_config(found.linear).to_dict()}
+        return Cut(config, facts | {"stock": False}, linear=found.linear)
     if not found.kept:
         return Cut(config, facts, {}, found.tensors)
     left: dict[str, list[tuple[int, Tensor]]] = {}
@@ -141,6 +155,11 @@ def narrowed_model(model: nn.Module, width: Width, ready: Callable[[], Context])
         return NOTHING
     context = ready()
     found, facts = _narrowing(context, width)
+    if found.linear:
+        for path, linear in found.linear.items():
+            model.set_submodule(path, linear)
+        as_loaded(model, _linear_config(found.linear))
+        return facts | {"stock": False}
     with torch.no_grad():
         state = model.state_dict()
         for name, tensor in found.tensors.items():

@@ -10,7 +10,8 @@ What the paper leaves open: intervals are taken by least loss of similarity a bl
 in part; if they do not suffice, the block goes whose removal adds the least loss. The first fall is compared with that
 of u's own probe, so a block whose follower is the worse of the two stays alone. The first block of every list stays.
 The paper starts from the middle block of an interval in its code and from u in its text; here it is u. Intervals can
-get their own blocks back later (`ditcompress plug`).
+get their own blocks back later (`ditcompress plug`). Linear feed-forwards, of the paper's second stage, are
+`--width-method linear-ffn`; its linear text streams are not here.
 """
 
 from __future__ import annotations
