@@ -246,5 +246,5 @@ def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) ->
 
 
 def test_methods_can_be_explained() -> None:
-    assert set(api.explain("width methods")["names"]) == set(METHODS)
+    assert set(api.explain("width methods")["names"]) == set(registry.names())
     assert "scope" in api.explain("obs-diff")["parameters"]
