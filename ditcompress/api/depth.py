@@ -16,7 +16,7 @@ from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import output_folder, remove_work, work_folder
+from ..checkpoint.writer import kept_work, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..errors import DitcompressError
@@ -124,13 +124,13 @@ def prune(
         manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
                   "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
-        if "training" in job.module.NEEDS or width.learns:
-            job.journal = work_folder(target, {**job.marks(opened.fingerprint), **width.settings()}, restart)
-        checkpoint, context, choice = job.run(path, device, dtype)
-        facts = job.facts(context, choice)
-        facts = _write(
-            checkpoint, partial, _cut(checkpoint, job, context, choice, width), facts, choice, max_shard_bytes
-        )
+        if job.resumes or width.learns:
+            marks = {**job.marks(opened.fingerprint), "dtype": dtype, "device": str(pick_device(device))}
+            job.journal = work_folder(target, {**marks, **width.settings()}, restart)
+        with kept_work(job.journal):
+            checkpoint, context, choice = job.run(path, device, dtype)
+            plan = _cut(checkpoint, job, context, choice, width)
+        facts = _write(checkpoint, partial, plan, job.facts(context, choice), choice, max_shard_bytes)
         checkpoint.verify_unchanged()
     remove_work(job.journal)
     return PruneResult(target, None, choice, facts)
@@ -195,6 +195,11 @@ class _Job:
         self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
         self.journal: Path | None = None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a killed run has something to go on from."""
+        return self.ratio is not None and bool({"training", "journal"} & {*self.module.NEEDS})
+
     def marks(self, fingerprint: str) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
         return {**self.settings(), "seed": self.seed, "fingerprint": fingerprint, "conditions": str(self.conditions),
@@ -237,7 +242,8 @@ class _Job:
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter, self.params)
         if "training" in self.module.NEEDS:
-            context.data, context.journal = self._states(model, source, adapter), self.journal
+            context.data = self._states(model, source, adapter)
+        context.journal = self.journal if self.resumes else None
         if self.by != "params":
             measure = operations if self.by == "flops" else seconds
             by_block = measure(model, layout.blocks, lambda: context.predict(context.probes[0]))
@@ -261,9 +267,9 @@ class _Job:
             context.conditions = lambda count: conditions_for(
                 source, adapter, CalibrationSettings(samples=count, seed=self.seed), self.conditions, self.reporter
             )
-            if self.journal is not None:
-                context.journal = self.journal / "width"
-                context.journal.mkdir(exist_ok=True)
+        if self.journal is not None and width.learns:
+            context.journal = self.journal / "width"
+            context.journal.mkdir(exist_ok=True)
         return context
 
     def _sampler(self, source: Any, adapter: Any) -> Any:

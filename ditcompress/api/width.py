@@ -56,7 +56,7 @@ class Width:
     @property
     def learns(self) -> bool:
         """Whether a killed run has something to go on from."""
-        return self.ratio is not None and "sampler" in self.module.NEEDS
+        return self.ratio is not None and bool({"sampler", "journal"} & {*self.module.NEEDS})
 
     def settings(self) -> dict[str, Any]:
         if self.ratio is None:

@@ -19,7 +19,7 @@ from . import oracle_greedy
 from ._probes import spread
 from .base import Context, ProbeParams, Scores
 
-NEEDS = ("probes",)
+NEEDS = ("probes", "journal")
 MOST_WIDTH = 0.9
 
 
@@ -44,7 +44,8 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
     with context.reporter.task("divisions between depth and width", len(able)) as advance:
         found: list[tuple[float, int]] = []
         for units in able:
-            found.append((damage(context, params, units), len(found)))
+            error = context.remembered("division", units, lambda units=units: damage(context, params, units))  # type: ignore[misc]
+            found.append((error, len(found)))
             advance(1)
     return able[min(found)[1]] if found else order
 

@@ -1,7 +1,7 @@
 """What a width-pruning method is: one file that says how much each attention head and feed-forward neuron matters.
 
 A method module exports `Params`, `NEEDS` (some of "probes": it runs the model at recorded inputs; "sampler": it runs
-the whole sampler and learns) and
+the whole sampler and learns; "journal": it goes on where it was killed) and
 
     scores(context, axes, params) -> {axis: Tensor(units,)}         importance of each unit, higher = keep
     linear(context, axes, params) -> {path: nn.Linear}              optional, instead of the choice by scores: linears

@@ -36,7 +36,7 @@ from ._axes import count_of
 from ._refit import CHUNK, damped
 from .base import Context
 
-NEEDS = ("probes",)
+NEEDS = ("probes", "journal")
 
 
 class Params(ProbeParams):
@@ -124,8 +124,12 @@ def _places(context: Context, axes: Sequence[Axis]) -> dict[str, str]:
 
 def _damage(context: Context, modules: Mapping[str, nn.Module]) -> float:
     context.references()  # of the model as it is
-    with standing_in(context.model, modules):
-        return context.damage(())
+
+    def measure() -> float:
+        with standing_in(context.model, modules):
+            return context.damage(())
+
+    return float(context.remembered("linear", list(modules), measure))
 
 
 def _singles(context: Context, axes: Sequence[Axis], params: Params) -> Mapping[str, float]:
