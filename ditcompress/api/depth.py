@@ -110,8 +110,9 @@ def prune(
     opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
         raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+    layout = adapter_for(opened.config).layout(meta)
+    width.check(layout)
     if ratio is not None and "training" not in job.module.NEEDS:
-        layout = adapter_for(opened.config).layout(meta)
         _memory.tell(reporter, lambda: _memory.of_pruning(
             opened, meta, layout, job.module, job.params, pick_dtype(dtype), offload))  # fmt: skip
     if dry_run:
@@ -138,7 +139,9 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
-    context, choice = job.choice(model, ModuleSource(model))
+    source = ModuleSource(model)
+    width.check(adapter_for(source.config).layout(model))
+    context, choice = job.choice(model, source)
     with context.rewritten(choice.tensors):
         pruned = remove_blocks(model, context.depth, choice.blocks).eval()
     shared = _shared(context.depth, choice, width)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import DitcompressError
 from ..loading import DitcompressConfig, as_loaded
 from ..measures import ratio_db
-from ..models.base import Axis
+from ..models.base import Axis, Layout
 from ..pruning import method
-from ..pruning.width import UNITS, Context, Narrowing, cut_axes, narrowed_config, narrowing, registry
+from ..pruning.width import UNITS, Context, Narrowing, count_of, cut_axes, emptied, narrowed_config, narrowing, registry
 from ..sharing import apply_shared
 from ..structure import narrow, narrow_index
 
@@ -57,6 +57,16 @@ class Width:
     def learns(self) -> bool:
         """Whether a killed run has something to go on from."""
         return self.ratio is not None and bool({"sampler", "journal"} & {*self.module.NEEDS})
+
+    def check(self, layout: Layout) -> None:
+        """E203 where a whole axis would go, by the table of the whole model."""
+        if self.ratio is None or hasattr(self.module, "linear"):
+            return
+        axis = emptied(cut_axes(layout, self.units), self.ratio)
+        if axis is not None:
+            what = f"would leave no {axis.unit} of the {count_of(axis)} in {axis.name.rpartition('.')[0]}"
+            remedy = "give a smaller ratio, or --width-units neurons" if axis.unit == "head" else "give a smaller ratio"
+            raise DitcompressError("E203", f"--width-ratio {self.ratio:g}", what, remedy)
 
     def settings(self) -> dict[str, Any]:
         if self.ratio is None:
