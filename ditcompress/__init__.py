@@ -22,6 +22,7 @@ __all__ = [
     "inspect",
     "load",
     "moe",
+    "plug",
     "prune",
     "q_sched",
     "quantize",

@@ -12,7 +12,7 @@ packed layers both doors refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
 from .console import Reporter
 from .errors import DitcompressError
 from .experts import ExpertLayer, apply_experts, names_inside, router_dtypes
+from .linear_ffn import apply_linear
 from .models import adapter_for, build_meta, class_of
 from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
@@ -57,6 +58,7 @@ class _Fields(Strict):
     experts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     shared: dict[str, str] = Field(default_factory=dict)
     routed: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    linear: list[str] = Field(default_factory=list)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -76,6 +78,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         experts: Mapping[str, Any] | None = None,
         shared: Mapping[str, str] | None = None,
         routed: Mapping[str, Any] | None = None,
+        linear: Sequence[str] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -85,11 +88,12 @@ class DitcompressConfig(QuantizationConfigMixin):
             )
         try:
             given = {"recipe": recipe, "schemes": schemes, "layers": layers, **unknown}
-            optional = {
+            optional: dict[str, Any] = {
                 "shapes": shapes or {},
                 "experts": experts or {},
                 "shared": shared or {},
                 "routed": routed or {},
+                "linear": linear or [],
             }
             fields = _Fields.model_validate({**given, **optional})
         except ValidationError as error:
@@ -98,7 +102,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         self.version, self.recipe = version, fields.recipe
         self.schemes, self.layers = fields.schemes, fields.layers
         self.shapes, self.experts, self.shared = fields.shapes, fields.experts, fields.shared
-        self.routed = fields.routed
+        self.routed, self.linear = fields.routed, fields.linear
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -124,7 +128,8 @@ class DitcompressConfig(QuantizationConfigMixin):
 
     def structure(self) -> dict[str, Any]:
         """The entries that say how the model differs from its class before any weight is compressed."""
-        entries = {"shapes": self.shapes, "experts": self.experts, "routed": self.routed, "shared": self.shared}
+        entries = {"shapes": self.shapes, "linear": self.linear, "experts": self.experts, "routed": self.routed,
+                   "shared": self.shared}  # fmt: skip
         return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
@@ -179,7 +184,8 @@ class DitcompressQuantizer(DiffusersQuantizer):
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
-            check_expert_names(model, [*config.experts, *routed_paths(config.routed_parts())], self.present)
+            parts = [*config.experts, *routed_paths(config.routed_parts()), *config.linear]
+            check_expert_names(model, parts, self.present)
             _compare_names(set(), {*self.present} - {*stored_once(self.present, config.shared)})
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -346,6 +352,7 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
 def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
     """Give a plain model the modules that `config` describes."""
     apply_shapes(model, config.shapes)
+    apply_linear(model, config.linear)
     apply_experts(model, config.expert_layers())
     apply_routed(model, config.routed_parts())
     apply_schemes(model, config.layer_schemes())
@@ -359,6 +366,7 @@ def plain_model(config: Mapping[str, Any]) -> nn.Module:
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_shapes(model, layers.shapes)
+        apply_linear(model, layers.linear)
         apply_experts(model, layers.expert_layers())
         apply_routed(model, layers.routed_parts())
     return model

@@ -158,9 +158,13 @@ def cut_units(model: nn.Module, axis: str | Axis, layout: Layout, units: Sequenc
     removed = set(units)
     kept = [unit for unit in range(axis.size // axis.unit_size) if unit not in removed]
     if not kept:
-        raise DitcompressError("E205", axis.name, "every unit would be removed", "keep at least one, or drop the block")
+        raise _nothing_left(axis.name)
     _take(model, axis, layout, kept)
     _update_widths(model, axis, layout, len(kept))
+
+
+def _nothing_left(axis: str) -> DitcompressError:
+    return DitcompressError("E205", axis, "every unit would be removed", "keep at least one, or drop the block")
 
 
 def _update_widths(model: nn.Module, axis: Axis, layout: Layout, count: int) -> None:
@@ -203,9 +207,11 @@ def narrow_index(layout: Layout, kept: Mapping[str, Sequence[int]]) -> Iterator[
 def narrow(model: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]]) -> None:
     """Keep only the units `kept` of each named axis, in place, as `cut_units` does for one axis. Works on meta models.
 
-    Raises E205 for an axis that cannot be cut, KeyError for one that is not there.
+    Raises E205 for an axis that cannot be cut, or cut to nothing, KeyError for one that is not there.
     """
     for name, units in kept.items():
+        if not units:
+            raise _nothing_left(name)
         _check_units(layout.axes[name], units, every=False)
     for site, dim, index in narrow_index(layout, kept):
         _select(_linear(model, site), dim, index)

@@ -11,12 +11,14 @@ from .distill import DistillResult, distill
 from .judge import demo, evaluate, parse_margins, report
 from .look import explain, export, inspect
 from .moe import moe
+from .plug import PlugResult, plug
 from .q_sched import q_sched
 from .runs import compare, sample
 
 __all__ = [
     "ChainResult",
     "DistillResult",
+    "PlugResult",
     "PruneResult",
     "QuantizeResult",
     "bench",
@@ -33,6 +35,7 @@ __all__ = [
     "method_settings",
     "moe",
     "parse_margins",
+    "plug",
     "prune",
     "q_sched",
     "quantize",

@@ -24,7 +24,7 @@ from ..recipe import Recipe, canonical, load_recipe
 from ..sections import Pruning
 from .compress import quantize
 from .depth import prune
-from .distill import distill, options_of
+from .distill import check_data, distill, options_of
 from .judge import evaluate
 from .width import check_ratio
 
@@ -89,7 +89,7 @@ def run_recipe(
     if recipe.distill is not None:
         if recipe.prune is None:
             raise DitcompressError("E202", f"recipe {recipe.name}", "distill needs a smaller model", "add prune:")
-        options_of(recipe.distill.model_dump(exclude_unset=True))
+        check_data(checkpoint, options_of(recipe.distill.model_dump(exclude_unset=True)).data, scheduler)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{recipe.name}")
     job = _Chain(path, recipe, target, conditions, scheduler, seed, device, dtype, reporter)
     if dry_run:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.collect import CalibrationSettings
 from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
-from ..checkpoint.reader import Checkpoint, check_finite, check_tensors, open_checkpoint
+from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..checkpoint.writer import kept_work, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..errors import DitcompressError
-from ..loading import expected_shapes, meta_model, open_model
+from ..loading import open_model
 from ..measures import ratio_db
 from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
 from ..offload import check_offload, load_to_run
@@ -44,12 +43,11 @@ from ..pruning import (
 )  # fmt: skip
 from ..pruning import width as widths
 from ..recipe import read_yaml
-from ..report.card import pruned_card
 from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
 from . import _memory
+from ._pruned import write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
-from .compress import copy_scheduler
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
@@ -112,8 +110,9 @@ def prune(
     opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
         raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+    layout = adapter_for(opened.config).layout(meta)
+    width.check(layout)
     if ratio is not None and "training" not in job.module.NEEDS:
-        layout = adapter_for(opened.config).layout(meta)
         _memory.tell(reporter, lambda: _memory.of_pruning(
             opened, meta, layout, job.module, job.params, pick_dtype(dtype), offload))  # fmt: skip
     if dry_run:
@@ -126,13 +125,13 @@ def prune(
         manifest={"prune": {**job.settings(), **width.settings()}, "seed": seed,
                   "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
-        if "training" in job.module.NEEDS or width.learns:
-            job.journal = work_folder(target, {**job.marks(opened.fingerprint), **width.settings()}, restart)
-        checkpoint, context, choice = job.run(path, device, dtype)
-        facts = job.facts(context, choice)
-        facts = _write(
-            checkpoint, partial, _cut(checkpoint, job, context, choice, width), facts, choice, max_shard_bytes
-        )
+        if job.resumes or width.learns:
+            marks = {**job.marks(opened.fingerprint), "dtype": dtype, "device": str(pick_device(device))}
+            job.journal = work_folder(target, {**marks, **width.settings()}, restart)
+        with kept_work(job.journal):
+            checkpoint, context, choice = job.run(path, device, dtype)
+            plan = _cut(checkpoint, job, context, choice, width)
+        facts = _write(checkpoint, partial, plan, job.facts(context, choice), choice, max_shard_bytes)
         checkpoint.verify_unchanged()
     remove_work(job.journal)
     return PruneResult(target, None, choice, facts)
@@ -140,7 +139,9 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
-    context, choice = job.choice(model, ModuleSource(model))
+    source = ModuleSource(model)
+    width.check(adapter_for(source.config).layout(model))
+    context, choice = job.choice(model, source)
     with context.rewritten(choice.tensors):
         pruned = remove_blocks(model, context.depth, choice.blocks).eval()
     shared = _shared(context.depth, choice, width)
@@ -197,6 +198,11 @@ class _Job:
         self.conditions, self.scheduler, self.seed, self.reporter = conditions, scheduler, seed, reporter
         self.journal: Path | None = None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a killed run has something to go on from."""
+        return self.ratio is not None and bool({"training", "journal"} & {*self.module.NEEDS})
+
     def marks(self, fingerprint: str) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
         return {**self.settings(), "seed": self.seed, "fingerprint": fingerprint, "conditions": str(self.conditions),
@@ -239,7 +245,8 @@ class _Job:
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter, self.params)
         if "training" in self.module.NEEDS:
-            context.data, context.journal = self._states(model, source, adapter), self.journal
+            context.data = self._states(model, source, adapter)
+        context.journal = self.journal if self.resumes else None
         if self.by != "params":
             measure = operations if self.by == "flops" else seconds
             by_block = measure(model, layout.blocks, lambda: context.predict(context.probes[0]))
@@ -263,9 +270,9 @@ class _Job:
             context.conditions = lambda count: conditions_for(
                 source, adapter, CalibrationSettings(samples=count, seed=self.seed), self.conditions, self.reporter
             )
-            if self.journal is not None:
-                context.journal = self.journal / "width"
-                context.journal.mkdir(exist_ok=True)
+        if self.journal is not None and width.learns:
+            context.journal = self.journal / "width"
+            context.journal.mkdir(exist_ok=True)
         return context
 
     def _sampler(self, source: Any, adapter: Any) -> Any:
@@ -367,28 +374,21 @@ def _write(
     checkpoint: Checkpoint, partial: Path, cut_names: tuple[Cut, dict[str, str]], facts: dict[str, Any],
     choice: Choice, max_shard_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The folder: tensors one by one under their new names, the shorter config.json, prune.json, the pipeline's other
-    parts; then the names and shapes are checked against the model that will be built of it. Returns all facts."""
-    component = checkpoint.component if checkpoint.pipeline else ""
-    folder = partial / component
-    folder.mkdir(exist_ok=True)
+    """Tensors one by one under their new names, the shorter config.json, prune.json. Returns all facts."""
     cut, names = cut_names
     facts = _joined(facts, cut.facts, choice)
-    writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
-    for name in sorted(names):
-        tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
-        tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
-        writer.add(name, cut.apply(name, tensor))
-    files = writer.finish()
-    (folder / "config.json").write_text(json.dumps(cut.config, indent=2, sort_keys=True) + "\n")
-    check_tensors(open_checkpoint(folder), expected_shapes(meta_model(cut.config)))
-    (folder / "prune.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, partial, component)
-    elif checkpoint.scheduler_folder:
-        copy_scheduler(checkpoint.scheduler_folder, partial)
-    size = sum(file.stat().st_size for file in files)
-    card = pruned_card(checkpoint.path.name, checkpoint.class_name, facts, checkpoint.total_bytes, size,
-                       checkpoint.pipeline is not None)  # fmt: skip
-    (partial / "README.md").write_text(card, encoding="utf-8")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        dtypes = {cut.gone(name): checkpoint.tensors[old].dtype for name, old in names.items() if cut.gone(name)}
+        added = {f"{path}.{name}": tensor.to("cpu", dtypes[path])
+                 for path, linear in cut.linear.items() for name, tensor in linear.state_dict().items()}  # fmt: skip
+        for name in sorted({*(name for name in names if not cut.gone(name)), *added}):
+            if name in added:
+                yield name, added[name]
+                continue
+            tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
+            tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
+            yield name, cut.apply(name, tensor)
+
+    write_pruned(checkpoint, partial, cut.config, tensors(), facts, max_shard_bytes)
     return facts

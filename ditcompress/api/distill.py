@@ -55,6 +55,16 @@ def options_of(given: Mapping[str, Any]) -> Options:
     return options
 
 
+def check_data(checkpoint: Checkpoint, data: str, scheduler: str | Path | None) -> None:
+    """Refuse cached latents that do not fit a model before anything is computed: E301, E330 or E338 as in training.
+    Images are first looked at when they are encoded."""
+    if data == TRAJECTORIES or is_images(Path(data)):
+        return
+    adapter = adapter_for(checkpoint.config)
+    folder = Path(scheduler) if scheduler else checkpoint.scheduler_folder
+    Latents(Path(data), adapter, checkpoint.config, load_scheduler(checkpoint.config, folder, adapter, Silent()))
+
+
 @dataclass(frozen=True)
 class DistillResult:
     """`path` (None for a dry run), the loss of every step, and the facts of distill.json."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import DitcompressError
 from ..loading import DitcompressConfig, as_loaded
 from ..measures import ratio_db
-from ..models.base import Axis
+from ..models.base import Axis, Layout
 from ..pruning import method
-from ..pruning.width import UNITS, Context, Narrowing, cut_axes, narrowed_config, narrowing, registry
+from ..pruning.width import UNITS, Context, Narrowing, count_of, cut_axes, emptied, narrowed_config, narrowing, registry
 from ..sharing import apply_shared
 from ..structure import narrow, narrow_index
 
@@ -56,7 +56,17 @@ class Width:
     @property
     def learns(self) -> bool:
         """Whether a killed run has something to go on from."""
-        return self.ratio is not None and "sampler" in self.module.NEEDS
+        return self.ratio is not None and bool({"sampler", "journal"} & {*self.module.NEEDS})
+
+    def check(self, layout: Layout) -> None:
+        """E203 where a whole axis would go, by the table of the whole model."""
+        if self.ratio is None or hasattr(self.module, "linear"):
+            return
+        axis = emptied(cut_axes(layout, self.units), self.ratio)
+        if axis is not None:
+            what = f"would leave no {axis.unit} of the {count_of(axis)} in {axis.name.rpartition('.')[0]}"
+            remedy = "give a smaller ratio, or --width-units neurons" if axis.unit == "head" else "give a smaller ratio"
+            raise DitcompressError("E203", f"--width-ratio {self.ratio:g}", what, remedy)
 
     def settings(self) -> dict[str, Any]:
         if self.ratio is None:
@@ -75,12 +85,17 @@ def with_ratio(width: Width, ratio: float) -> Width:
 @dataclass(frozen=True)
 class Cut:
     """The configuration after the cut, what is left of each tensor as (dimension, indices), new values of tensors in
-    their old shapes, and the facts."""
+    their old shapes, and the facts. `linear`: linears in the place of feed-forwards, by path."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
     left: Mapping[str, Sequence[tuple[int, Tensor]]] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    linear: Mapping[str, nn.Linear] = field(default_factory=dict)
+
+    def gone(self, name: str) -> str:
+        """The linear that takes the place of the tensor `name` and others, or ""."""
+        return next((path for path in self.linear if name.startswith(f"{path}.")), "")
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         tensor = self.tensors[name].to("cpu", tensor.dtype) if name in self.tensors else tensor
@@ -103,13 +118,19 @@ def _narrowing(context: Context, width: Width) -> tuple[Narrowing, dict[str, Any
         a.name: {"kept": len(found.kept[a.name]), "of": a.size // a.unit_size} for a in axes if a.name in found.kept
     }
     own = None if not found.damage else ratio_db(found.damage)
-    return found, {"width": {**width.settings(), "output_sqnr_db": own, "axes": rows}, "stock": True,
-                   "output_sqnr_db": None}  # fmt: skip
+    facts = {**width.settings(), "output_sqnr_db": own, "axes": rows}
+    facts |= {"linear": list(found.linear)} if found.linear else {}
+    return found, {"width": facts, "stock": True, "output_sqnr_db": None}
 
 
 def sharing_config(config: Mapping[str, Any], shared: Mapping[str, str]) -> dict[str, Any]:
     """`config` of a model in which each module `shared` is the one that it names."""
     return {**config, "quantization_config": DitcompressConfig({}, {}, recipe="prune", shared=shared).to_dict()}
+
+
+def _linear_config(linear: Mapping[str, nn.Linear]) -> DitcompressConfig:
+    """That of a model in which these stand for feed-forwards."""
+    return DitcompressConfig({}, {}, recipe="prune", linear=sorted(linear))
 
 
 def tied_model(model: nn.Module, shared: Mapping[str, str]) -> None:
@@ -124,6 +145,9 @@ def cut_of(config: dict[str, Any], width: Width, ready: Callable[[], Context]) -
         return Cut(config, NOTHING)
     context = ready()
     found, facts = _narrowing(context, width)
+    if found.linear:
+        config = {**config, "quantization_config": _linear_config(found.linear).to_dict()}
+        return Cut(config, facts | {"stock": False}, linear=found.linear)
     if not found.kept:
         return Cut(config, facts, {}, found.tensors)
     left: dict[str, list[tuple[int, Tensor]]] = {}
@@ -141,6 +165,11 @@ def narrowed_model(model: nn.Module, width: Width, ready: Callable[[], Context])
         return NOTHING
     context = ready()
     found, facts = _narrowing(context, width)
+    if found.linear:
+        for path, linear in found.linear.items():
+            model.set_submodule(path, linear)
+        as_loaded(model, _linear_config(found.linear))
+        return facts | {"stock": False}
     with torch.no_grad():
         state = model.state_dict()
         for name, tensor in found.tensors.items():

@@ -223,7 +223,7 @@ def _unpacked(fields: Any) -> bool:
     """Whether this is a model of ours with expert or narrower layers and no packed weight: it can be quantized."""
     ours = fields.get("quant_method") == "ditcompress"
     tied = fields.get("layers") or fields.get("shared")
-    return ours and not tied and bool(fields.get("experts") or fields.get("routed") or fields.get("shapes"))
+    return ours and not tied and any(fields.get(key) for key in ("experts", "routed", "shapes", "linear"))
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

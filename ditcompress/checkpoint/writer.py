@@ -253,3 +253,14 @@ def remove_work(folder: Path | None) -> None:
     """The parts are not needed any more."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def kept_work(folder: Path | None) -> Iterator[None]:
+    """When the block fails, its work folder stays only if there is something in it to go on from."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None and not any(p.is_file() and p.name != "fingerprint.json" for p in folder.rglob("*")):
+            remove_work(folder)
+        raise

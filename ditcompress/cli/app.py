@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import print_error, print_text
-from . import bench, compare, compress, distill, evaluate, inspect, moe, prune, q_sched, recipes
+from . import bench, compare, compress, distill, evaluate, inspect, moe, plug, prune, q_sched, recipes
 
 app = typer.Typer(
     name="ditcompress",
@@ -24,6 +24,7 @@ app.command("demo")(evaluate.demo)
 app.command("calibrate")(compress.calibrate)
 app.command("quantize")(compress.quantize)
 app.command("prune")(prune.prune)
+app.command("plug")(plug.plug)
 app.command("distill")(distill.distill)
 app.command("moe")(moe.moe)
 app.command("q-sched")(q_sched.q_sched)

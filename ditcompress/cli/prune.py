@@ -120,7 +120,10 @@ def _show(result: PruneResult) -> None:
         title = f"narrowed by {width['width_method']}"
         if width["output_sqnr_db"] is not None:
             title += f", SQNR of the prediction {width['output_sqnr_db']:.2f} dB"
-        print_table(title, ["units", "kept", "axes"], [[*key, count] for key, count in sorted(alike.items())])
+        if alike:
+            print_table(title, ["units", "kept", "axes"], [[*key, count] for key, count in sorted(alike.items())])
+        if linear := width.get("linear"):
+            print_table(title, ["feed-forwards that became one linear"], [[path] for path in linear])
     loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
     print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
 

@@ -72,7 +72,8 @@ def check_student(
     was: Mapping[str, str],
 ) -> None:  # fmt: skip
     """E340 unless the student is a sub-model: of the teacher's class and latent shape, with no more blocks, and no
-    tensor wider than the teacher's in its place (`was` names the teacher's block of each). Works on meta models."""
+    tensor wider than the teacher's in its place (`was` names the teacher's block of each; what a block has in the place
+    of a part of it is not compared). Works on meta models."""
     mine, theirs = type(student).__name__, type(teacher).__name__
     if mine != theirs:
         raise DitcompressError("E340", mine, f"is of another class than the teacher's {theirs}", OTHER)
@@ -86,7 +87,7 @@ def check_student(
     for name, tensor in student.state_dict().items():
         there = next((was[b] + name[len(b) :] for b in was if name.startswith(f"{b}.")), name)
         shape, limit = tuple(tensor.shape), shapes.get(there)
-        if there == name and limit is None:
+        if limit is None and not any(name.startswith(f"{block}.") for block in was):
             raise DitcompressError("E340", printable(name, 80), "the teacher has no such tensor", OTHER)
         if limit and (len(shape) != len(limit) or any(a > b for a, b in zip(shape, limit, strict=True))):
             raise DitcompressError("E340", printable(name, 80), f"is {shape}, the teacher's {limit}", OTHER)

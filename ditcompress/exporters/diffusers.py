@@ -46,8 +46,8 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
-    if config and config.shapes:
-        what = "has layers of widths that no plain config.json can say"
+    if config and (config.shapes or config.linear):
+        what = "has layers that no plain config.json can describe"
         raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
     for name in layers:

@@ -105,10 +105,14 @@ class Table:
         """net.0.proj and net.2 of a diffusers FeedForward; the axis of its neurons.
 
         Gated ones (GEGLU, SwiGLU) write the axis twice, value rows first: the value is used linearly, so a scale
-        folds into it. An activation such as GELU lets no scale through.
+        folds into it. An activation such as GELU lets no scale through. One linear in the place
+        of a feed-forward has no neurons: "".
         """
         if self.is_moe(path):
             return self.experts(path, block)
+        if self.has(path):  # linear_ffn.py
+            self.site(path, "ffn_in", (reads,), ("",), block)
+            return ""
         first, second = f"{path}.net.0.proj", f"{path}.net.2"
         width = self.columns(second)
         copies = self.rows(first) // width

@@ -1,6 +1,7 @@
 """What a depth-pruning method is: one file that says how much each removable unit of blocks matters.
 
-A method module exports `Params`, `NEEDS` (some of "probes": it runs the model; "training": it learns) and
+A method module exports `Params`, `NEEDS` (some of "probes": it runs the model; "training": it learns; "journal": it
+measures long enough to go on from where it was killed) and
 
     scores(context, params) -> Scores            importance of each unit, higher = keep
     select(context, params, scores) -> units     optional: which units go, where it is more than the lowest scores
@@ -17,6 +18,7 @@ saves: parameters, floating-point operations or seconds. `context.target` is the
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +94,8 @@ class Context:
     """Everything a method may look at. The model is never changed for good.
 
     For methods that learn: `data(images=, refresh=, sample_steps=, salt=)` gives training states along the model's own
-    trajectories (it runs `model` whenever it renews them), `journal` is where the trainer keeps its states."""
+    trajectories (it runs `model` whenever it renews them), `journal` is where the trainer keeps its states, and
+    `remembered` its measurements."""
 
     model: nn.Module
     adapter: ModuleType
@@ -106,6 +109,7 @@ class Context:
     data: Callable[..., Trajectories] | None = None
     journal: Path | None = None
     _outputs: list[Tensor] = field(default_factory=list)
+    _trials: dict[str, Any] | None = field(default=None, init=False)
 
     @property
     def names(self) -> list[str]:
@@ -176,6 +180,20 @@ class Context:
         total = sum(w * s for w, s in zip(weights, signal, strict=True))
         return sum(w * n for w, n in zip(weights, noise, strict=True)) / max(total, 1e-300)
 
+    def remembered(self, kind: str, units: Sequence[str], measure: Callable[[], Any]) -> Any:
+        """`measure()`, a JSON value that depends on nothing but the run's settings, `kind` and `units`; or what it was
+        before the run was interrupted."""
+        file = None if self.journal is None else self.journal / "trials.jsonl"
+        if self._trials is None:
+            self._trials = {} if file is None else _measured(file)
+        key = json.dumps([kind, *units])
+        if key not in self._trials:
+            self._trials[key] = measure()
+            if file is not None:
+                with open(file, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps([key, self._trials[key]]) + "\n")
+        return self._trials[key]
+
     def times(self) -> list[float]:
         """The probed timesteps in sampling order."""
         return [float(t) for t in dict.fromkeys(float(probe.timestep[0]) for probe in self.probes)]
@@ -221,6 +239,17 @@ class Context:
             return []
         most = self.target * (1 + 1e-9)
         return [n for n in self.removable(removed, keep) if self.saved(removed) + self.costs[n] / 2 <= most]
+
+
+def _measured(file: Path) -> dict[str, Any]:
+    """The measurements of an interrupted run; a line that was being written when it was killed is cut off."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return dict(json.loads(line) for line in whole.splitlines())
 
 
 def lowest_first(context: Context, scores: Scores) -> list[str]:

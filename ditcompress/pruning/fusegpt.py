@@ -31,6 +31,7 @@ from ..distill.lora import Adapters, linears
 from ..distill.losses import BlockOutputs, normalised_features, output_loss
 from ..distill.trainer import train
 from ..structure import without_blocks
+from ._greedy import greedy
 from ._learned import LearnedParams, Plain, settings, states, used_outside
 from .base import Context, Scores
 
@@ -64,18 +65,14 @@ def scores(context: Context, params: Params) -> Scores:
     found = {}
     with context.reporter.task("single removals", len(context.names)) as advance:
         for name in context.names:
-            found[name] = influence(context, [name])
+            found[name] = context.remembered("influence", [name], lambda name=name: influence(context, [name]))  # type: ignore[misc]
             advance(1)
     return Scores(found)
 
 
 def select(context: Context, params: Params, scores: Scores) -> list[str]:
     """Units in the order in which they go."""
-    removed: list[str] = []
-    while allowed := context.fitting(removed, scores.keep):
-        trials = {n: influence(context, [*removed, n]) if removed else scores.values[n] for n in allowed}
-        removed.append(min(allowed, key=lambda name: trials[name]))
-    return removed
+    return greedy(context, scores, "influence", lambda units: influence(context, units), by_cost=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from ._knapsack import lightest
 from .base import Context, ProbeParams, Scores
 
-NEEDS = ("probes",)
+NEEDS = ("probes", "journal")
 
 
 class Params(ProbeParams):
@@ -27,7 +27,7 @@ def scores(context: Context, params: Params) -> Scores:
     times = context.times()
     with context.reporter.task("single removals", len(context.names)) as advance:
         for name in context.names:
-            noise, signal = context.errors([name])
+            noise, signal = context.remembered("errors", [name], lambda name=name: context.errors([name]))  # type: ignore[misc]
             weights = [probe.weight if params.weighted else 1.0 for probe in context.probes]
             total = sum(w * s for w, s in zip(weights, signal, strict=True))
             values[name] = sum(w * n for w, n in zip(weights, noise, strict=True)) / max(total, 1e-300)

@@ -8,11 +8,12 @@ differently, damage added for each unit of cost decides.
 
 from __future__ import annotations
 
+from ._greedy import greedy
 from .base import Context, ProbeParams, Scores
 from .laptop_diff import Params as LaptopParams
 from .laptop_diff import scores as single_removals
 
-NEEDS = ("probes",)
+NEEDS = ("probes", "journal")
 
 
 class Params(ProbeParams):
@@ -26,13 +27,4 @@ def scores(context: Context, params: Params) -> Scores:
 
 def select(context: Context, params: Params, scores: Scores) -> list[str]:
     """Units in the order in which they go."""
-    removed: list[str] = []
-    damage = 0.0
-    with context.reporter.task("greedy removals", max(1, len(context.names))) as advance:
-        while allowed := context.fitting(removed, scores.keep):
-            trials = {n: context.damage([*removed, n]) if removed else scores.values[n] for n in allowed}
-            best = min(allowed, key=lambda name: (trials[name] - damage) / context.costs[name])
-            removed.append(best)
-            damage = trials[best]
-            advance(1)
-    return removed
+    return greedy(context, scores, "damage", context.damage)

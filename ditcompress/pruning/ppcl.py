@@ -9,14 +9,16 @@ Inputs and targets are the whole model's, so intervals learn independently and n
 What the paper leaves open: intervals are taken by least loss of similarity a block until the ratio is met, the last one
 in part; if they do not suffice, the block goes whose removal adds the least loss. The first fall is compared with that
 of u's own probe, so a block whose follower is the worse of the two stays alone. The first block of every list stays.
-The paper starts from the middle block of an interval in its code and from u in its text; here it is u. Its second
-stage (linear text streams and feed-forwards), and intervals that are switched back on later, are not here.
+The paper starts from the middle block of an interval in its code and from u in its text; here it is u. Intervals can
+get their own blocks back later (`ditcompress plug`). Linear feed-forwards, of the paper's second stage, are
+`--width-method linear-ffn`; its linear text streams are not here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from ..distill.data import Data
 from ..distill.losses import direction_features
 from ..distill.trainer import train
+from ..models import Depth
 from ._cka import Chains, record, runs
 from ._learned import LearnedParams, Plain, casting, settings, states, used_outside
 from .base import Context, Scores
@@ -110,6 +113,32 @@ def _absorbed(
         added = {n: (loss_of(chains, (*now, *context.blocks(n))) - before) / context.costs[n] for n in within}
         removed.append(min(within, key=lambda name: (ranked.get(name, 0.0), added[name])))
     return removed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """`students`, the trained blocks, and the blocks that went for which they stand. One of each list, unless blocks
+    of several lists, or of both ends of one, can only go together."""
+
+    students: tuple[str, ...]
+    gone: tuple[str, ...]
+
+
+def taken(depth: Depth, removed: Sequence[str]) -> list[Interval]:
+    """What was made of the blocks `removed`: intervals that can be switched one by one, in forward order."""
+    groups: list[set[str]] = [{f"{o}.{n}" for n in range(first, last + 1)} for o, first, last in runs(removed)]
+    for unit in depth.units:
+        joined = [group for group in groups if group & {*unit.blocks}]
+        if len(joined) > 1:
+            groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    order = {
+        f"{owner}.{n}": (place, n) for place, (owner, count) in enumerate(depth.lists.items()) for n in range(count)
+    }
+    found = []
+    for group in sorted(groups, key=lambda group: min(order[block] for block in group)):
+        students = [f"{owner}.{first - 1}" for owner, first, _ in runs(list(group))]
+        found.append(Interval(tuple(students), tuple(sorted(group, key=order.__getitem__))))
+    return found
 
 
 class Students(Plain):

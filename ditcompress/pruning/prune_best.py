@@ -19,7 +19,7 @@ from . import oracle_greedy
 from ._probes import spread
 from .base import Context, ProbeParams, Scores
 
-NEEDS = ("probes",)
+NEEDS = ("probes", "journal")
 MOST_WIDTH = 0.9
 
 
@@ -40,11 +40,12 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
     """The blocks of the best division; `width` tells the rest of it."""
     order = oracle_greedy.select(context, oracle_greedy.Params(), scores)
     prefixes = [order[: len(order) - k] for k in spread(len(order) + 1, params.divisions)]
-    able = [units for units in prefixes if width(context, units) <= MOST_WIDTH]
+    able = [units for units in prefixes if _can_be(context, width(context, units))]
     with context.reporter.task("divisions between depth and width", len(able)) as advance:
         found: list[tuple[float, int]] = []
         for units in able:
-            found.append((damage(context, params, units), len(found)))
+            error = context.remembered("division", units, lambda units=units: damage(context, params, units))  # type: ignore[misc]
+            found.append((error, len(found)))
             advance(1)
     return able[min(found)[1]] if found else order
 
@@ -59,6 +60,13 @@ def width(context: Context, units: Sequence[str]) -> float:
     if left <= narrowable / most / 2:
         return 0.0
     return left / narrowable if narrowable else float("inf")
+
+
+def _can_be(context: Context, ratio: float) -> bool:
+    """Whether so much of the width can go: not nearly all of it, and not all heads of an attention."""
+    from .width import emptied
+
+    return ratio <= MOST_WIDTH and emptied(_axes(context), ratio) is None
 
 
 def _axes(context: Context) -> list[Axis]:

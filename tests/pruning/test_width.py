@@ -21,7 +21,7 @@ from ditcompress.models import registry
 from ditcompress.models._inputs import built
 from ditcompress.pruning.width import cut_axes, kept_units
 from ditcompress.pruning.width.magnitude import magnitudes
-from ditcompress.structure import readers, spans
+from ditcompress.structure import narrow, readers, spans
 
 from .models import deep, inputs, run
 
@@ -152,3 +152,50 @@ def test_a_damaged_entry_of_widths_is_refused(axis: str, tmp_path: Path) -> None
 def test_a_dry_run_says_what_would_be_narrowed() -> None:
     facts = prune(digits_folder(), width_ratio=0.5, width_units="heads", width_method="magnitude", dry_run=True).facts
     assert facts["removed"] == [] and {row["kept"] for row in facts["width"]["axes"].values()} == {2}
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_ratio_that_leaves_an_attention_without_a_head_is_refused_before_anything_runs(
+    scope: str, tmp_path: Path
+) -> None:
+    model = deep("dit")  # four heads
+    model.save_pretrained(tmp_path / "original")  # type: ignore[operator]
+    model.forward = None  # type: ignore[method-assign, assignment]
+    options: dict[str, Any] = {"width_ratio": 0.9, "width_method": "obs-diff", "width_overrides": [f"scope={scope}"]}
+    line = (
+        r"E203 bad-option\]: --width-ratio 0\.9: would leave no head of the 4 in transformer_blocks\.0\.attn1; "
+        r"give a smaller ratio, or --width-units neurons\."
+    )
+    for given, more in ((model, {}), (tmp_path / "original", {"out": tmp_path / "narrow"})):
+        with pytest.raises(DitcompressError, match=line) as caught:
+            prune(given, **options, **more)
+        assert "\n" not in caught.value.line()
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+    with pytest.raises(DitcompressError, match="would leave no neuron of the 256"):
+        prune(model, width_ratio=0.999, width_units="neurons", width_method="magnitude")
+
+
+def test_three_of_four_heads_and_most_neurons_may_go() -> None:
+    model = deep("dit")
+    found = prune(model, width_ratio=0.8, width_method="magnitude").model
+    assert found is not None and found.transformer_blocks[0].attn1.heads == 1  # type: ignore[union-attr, index]
+    assert bool(run("dit", found, inputs("dit", model)).isfinite().all())
+    narrow = prune(model, width_ratio=0.9, width_units="neurons", width_method="magnitude").model
+    assert narrow is not None and narrow.transformer_blocks[0].ff.net[2].in_features == 26  # type: ignore[union-attr, index]
+
+
+def test_a_block_whose_heads_all_score_lowest_keeps_its_best_one() -> None:
+    """No configuration says that a block has no attention, so none loses all of it, however the loss is shared."""
+    layout = registry.get("dit").layout(deep("dit"))
+    axes = cut_axes(layout, "heads")
+    scores = {axis.name: torch.arange(4.0) + (0 if number == 2 else 10) for number, axis in enumerate(axes)}
+    kept = kept_units(layout, axes, scores, 0.5, "global")
+    assert kept[axes[2].name] == [3]
+    assert sum(4 - len(units) for units in kept.values()) == 2 * len(axes)
+
+
+def test_narrowing_to_nothing_is_refused() -> None:
+    model = deep("dit")
+    layout = registry.get("dit").layout(model)
+    with pytest.raises(DitcompressError, match=r"E205.*every unit would be removed; keep at least one"):
+        narrow(model, layout, {"transformer_blocks.1.attn1.heads": []})

@@ -35,6 +35,7 @@ def packed(scheme: Scheme, rows: int, columns: int, bias: bool = True) -> Packed
         "smooth": torch.rand(columns, generator=generator) + 0.5,
         "low_rank_up": torch.randn(rows, scheme.rank, generator=generator).bfloat16(),
         "low_rank_down": torch.randn(scheme.rank, columns, generator=generator).bfloat16() / 10,
+        "rotate_sign": pack_signs(signs(columns, 5)),
         "input_scale": torch.tensor([0.03]),
         "input_zero": torch.tensor([120.0]),
     }

@@ -39,6 +39,12 @@ def count_of(axis: Axis) -> int:
     return axis.size // axis.unit_size
 
 
+def emptied(axes: Sequence[Axis], ratio: float) -> Axis | None:
+    """The first axis of which nothing would be left without the share `ratio` of its units: no attention runs without
+    a head, and no configuration says that a block has none."""
+    return next((axis for axis in axes if round(ratio * count_of(axis)) >= count_of(axis)), None)
+
+
 def cost_of(layout: Layout, axis: Axis) -> int:
     """Parameters of one unit: its rows and biases in the writers, its columns in the readers."""
     rows = sum(site.writes.count(axis.name) * (site.in_features + 1) for site in writers(layout, axis.name))

@@ -1,9 +1,11 @@
 """What a width-pruning method is: one file that says how much each attention head and feed-forward neuron matters.
 
 A method module exports `Params`, `NEEDS` (some of "probes": it runs the model at recorded inputs; "sampler": it runs
-the whole sampler and learns) and
+the whole sampler and learns; "journal": it goes on where it was killed) and
 
     scores(context, axes, params) -> {axis: Tensor(units,)}         importance of each unit, higher = keep
+    linear(context, axes, params) -> {path: nn.Linear}              optional, instead of the choice by scores: linears
+                                                                    that take the place of whole feed-forwards
     rewrite(context, axes, kept, params) -> {tensor: new value}     optional: new values of tensors, by the names and in
                                                                     the shapes that they have before the cut
 
@@ -19,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...calibration.conditions import Conditions
 from ...formats.base import StrictParams
+from ...linear_ffn import standing_in
 from ...models.base import Axis, Layout
 from ...registry import Registry
 from ...structure import narrow_index, readers, spans
@@ -66,6 +69,7 @@ class Narrowing:
     kept: Mapping[str, Sequence[int]]
     tensors: Mapping[str, Tensor]
     damage: float | None
+    linear: Mapping[str, nn.Linear] = field(default_factory=dict)
 
 
 def places(layout: Layout, axis: Axis) -> list[tuple[str, int, int]]:
@@ -90,6 +94,11 @@ def silenced(context: Context, kept: Mapping[str, Sequence[int]], tensors: Mappi
 
 def narrowing(context: Context, module: ModuleType, axes: Sequence[Axis], params: Any) -> Narrowing:
     """Run a method: its scores decide what stays, its `rewrite` what the rest looks like."""
+    if hasattr(module, "linear"):
+        linear = module.linear(context, axes, params)
+        context.references()
+        with standing_in(context.model, linear):
+            return Narrowing({}, {}, context.damage(()), linear)
     found = module.scores(context, axes, params)
     for axis in axes:
         if found[axis.name].shape != (count_of(axis),):
