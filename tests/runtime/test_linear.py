@@ -14,6 +14,7 @@ import torch
 
 from ditcompress.formats import int as fmt
 from ditcompress.formats.base import resolve
+from ditcompress.hadamard import pack_signs, signs
 from ditcompress.plan import ActivationSpec, WeightSpec
 from ditcompress.runtime.activation import fake_quantize
 from ditcompress.runtime.kernels import choose, set_decode
