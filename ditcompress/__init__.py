@@ -27,6 +27,7 @@ __all__ = [
     "q_sched",
     "quantize",
     "sample",
+    "set_decode",
 ]
 
 _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
@@ -35,6 +36,8 @@ _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduli
 def __getattr__(name: str) -> Any:
     if name == "load":
         return importlib.import_module(".loading", __name__).load_model
+    if name == "set_decode":
+        return importlib.import_module(".runtime.kernels", __name__).set_decode
     if name in __all__:
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
