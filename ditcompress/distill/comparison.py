@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .data import Data
 from .losses import BlockOutputs, feature_loss, output_loss
+from .trainer import Plain
 
 
-class Imitating:
+class Imitating(Plain):
     """The part of a trainer's task that runs both models; `blocks` are those whose outputs are compared.
 
     Both are in evaluation mode until `release`, which takes the hooks off and leaves the teacher as it was given.
@@ -44,19 +45,3 @@ class Imitating:
         for outputs in self.outputs:
             outputs.remove()
         self.teacher.train(self.training)
-
-    # --- of the trainer's task, where there is nothing more to do ------------------------------------------------
-
-    def rates(self) -> Mapping[str, float]:
-        """No tensor has a learning rate of its own."""
-        return {}
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows an update."""
-
-    def extra(self) -> dict[str, Tensor]:
-        """The state has no other tensors."""
-        return {}
-
-    def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """There is nothing to take back."""

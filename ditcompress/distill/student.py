@@ -18,9 +18,10 @@ from .lora import Adapters
 from .losses import FEATURES, BlockOutputs, output_loss
 from .matching import Pairs
 from .ranks import ALONE, Ranks
+from .trainer import Plain
 
 
-class Student:
+class Student(Plain):
     """What `train` trains: all of `model`, or low-rank adapters and the vectors of its blocks with `lora` > 0."""
 
     def __init__(
@@ -51,23 +52,11 @@ class Student:
     def parameters(self) -> dict[str, Tensor]:
         return {**self.direct, **(self.adapters.parameters() if self.adapters else {})}
 
-    def rates(self) -> dict[str, float]:
-        return {}
-
     def loss(self, step: int, part: int) -> Tensor:
         terms = self.terms(self.data.batch(step, self.size, part, self.rows))
         fade = 1 - step / self.steps if self.decay else 1.0
         weighted = [term * self.losses[name] * (fade if name in FEATURES else 1.0) for name, term in terms.items()]
         return torch.stack(weighted).sum()
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows an update."""
-
-    def extra(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """There is nothing else."""
 
     # --- what is compared ----------------------------------------------------------------------------------------
 

@@ -48,6 +48,22 @@ class Task(Protocol):
         """Take `extra` back."""
 
 
+class Plain:
+    """The parts of a task that most leave empty."""
+
+    def rates(self) -> Mapping[str, float]:
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows an update."""
+
+    def extra(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """There is nothing else."""
+
+
 @dataclass(frozen=True)
 class History:
     """Losses of all steps, also those before an interruption."""

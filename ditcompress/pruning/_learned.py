@@ -58,22 +58,6 @@ def casting(model: nn.Module) -> torch.autocast:
     return torch.autocast(first.device.type, dtype=lower or torch.bfloat16, enabled=lower is not None)
 
 
-class Plain:
-    """The parts of a trainer's task that most tasks leave empty."""
-
-    def rates(self) -> dict[str, float]:
-        return {}
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows an update."""
-
-    def extra(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """There is nothing else."""
-
-
 class Gates:
     """`factors` by unit, () or one for each sample (n,): its blocks give m * output + (1 - m) * input in every stream.
     A unit without a factor runs as it is, so at first the model is whole."""

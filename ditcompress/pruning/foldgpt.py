@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from ..distill.data import Data
 from ..distill.losses import output_loss
-from ..distill.trainer import train
+from ..distill.trainer import Plain, train
 from ..models import renamed, renumbered
 from ..models._depth import settings as shape_of
 from ..sharing import apply_shared
 from ..structure import remove_blocks
-from ._learned import Gates, LearnedParams, Plain, casting, gated, journal, settings, states
+from ._learned import Gates, LearnedParams, casting, gated, journal, settings, states
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")

@@ -29,10 +29,10 @@ from ..calibration.trajectory import generator
 from ..distill.data import Data
 from ..distill.lora import Adapters, linears
 from ..distill.losses import BlockOutputs, normalised_features, output_loss
-from ..distill.trainer import train
+from ..distill.trainer import Plain, train
 from ..structure import without_blocks
 from ._greedy import greedy
-from ._learned import LearnedParams, Plain, settings, states, used_outside
+from ._learned import LearnedParams, settings, states, used_outside
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..distill.data import Data
 from ..distill.losses import direction_features
-from ..distill.trainer import train
+from ..distill.trainer import Plain, train
 from ..models import Depth
 from ._cka import Chains, record, runs
-from ._learned import LearnedParams, Plain, casting, settings, states, used_outside
+from ._learned import LearnedParams, casting, settings, states, used_outside
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")

@@ -31,8 +31,8 @@ from ..calibration.trajectory import generator
 from ..distill.data import Data
 from ..distill.lora import Adapters
 from ..distill.losses import output_loss
-from ..distill.trainer import train
-from ._learned import Gates, LearnedParams, Plain, gated, settings, states
+from ..distill.trainer import Plain, train
+from ._learned import Gates, LearnedParams, gated, settings, states
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")

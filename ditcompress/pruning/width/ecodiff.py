@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...calibration.trajectory import Sampling, Walk, generator, sample
 from ...distill.settings import Settings
-from ...distill.trainer import train
+from ...distill.trainer import Plain, train
 from ...models.base import Axis, Layout
 from . import obs_diff
 from ._axes import count_of
@@ -97,7 +97,7 @@ def modulations(layout: Layout) -> list[Gates]:
     return [Gates(s.name, s.out_features, 1, ((s.name, 0, s.out_features),), True) for s in sites]
 
 
-class Gating:
+class Gating(Plain):
     """The task of the trainer: logits of all gates."""
 
     def __init__(self, context: Context, axes: Sequence[Axis], params: Params) -> None:
@@ -184,12 +184,3 @@ class Gating:
         logits = torch.cat([self.logits[group.name].detach() for group in members])
         excess = float((logits > 0).double().mean()) - (1 - gone)
         return max(-1.0, min(1.0, excess / BUDGET_WIDTH))
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows an update."""
-
-    def extra(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """There is nothing else."""
