@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
-from ..checkpoint.writer import ShardWriter, copy_pipeline
+from ..checkpoint.writer import ShardWriter, copy_rest
 from ..loading import expected_shapes, meta_model
 from ..report.card import pruned_card
-from .compress import copy_scheduler
 
 NOTE = "prune.json"
 
@@ -34,10 +33,7 @@ def write_pruned(
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     check_tensors(open_checkpoint(folder), expected_shapes(meta_model(config)))
     (folder / NOTE).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, partial, component)
-    elif checkpoint.scheduler_folder:
-        copy_scheduler(checkpoint.scheduler_folder, partial)
+    copy_rest(checkpoint, partial)
     size = sum(file.stat().st_size for file in files)
     card = pruned_card(checkpoint.path.name, checkpoint.class_name, facts, checkpoint.total_bytes, size,
                        checkpoint.pipeline is not None)  # fmt: skip

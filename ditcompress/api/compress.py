@@ -23,7 +23,7 @@ from ..calibration.statistics import Statistics
 from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.verdict import margins_of
@@ -241,10 +241,7 @@ def _describe(
     (folder / "layers.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
     if plan.curve:
         (folder / "tradeoff.json").write_text(json.dumps([asdict(p) for p in plan.curve], indent=1) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
-    elif checkpoint.scheduler_folder:
-        copy_scheduler(checkpoint.scheduler_folder, partial)
+    copy_rest(checkpoint, partial)
     card = quantized_card(
         f"{name}-{recipe.name}", name, checkpoint.class_name, recipe.to_json(), outcome.records,
         checkpoint.total_bytes, size, checkpoint.pipeline is not None,
@@ -263,12 +260,6 @@ def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
             "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
         )
     return plan
-
-
-def copy_scheduler(folder: Path, partial: Path) -> None:
-    target = partial / "scheduler"
-    target.mkdir(exist_ok=True)
-    (target / "scheduler_config.json").write_bytes((folder / "scheduler_config.json").read_bytes())
 
 
 def with_structure(quantization: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

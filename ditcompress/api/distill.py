@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Batch, Data, Trajectories
 from ..distill.latents import Latents
@@ -36,7 +36,6 @@ from ..report.card import distilled_card
 from ._images import encoded, is_images, listing
 from ._logs import divergences, lowered, note_divergence, open_log
 from .calibration import conditions_for, pick_device, scheduler_digest, settings_of
-from .compress import copy_scheduler
 
 REPORT = "distill.json"
 HELD_OUT = 16  # images whose trajectories the student is judged on before and after
@@ -304,10 +303,7 @@ def _write(
     (folder / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
     if (source.folder / "prune.json").is_file():
         (folder / "prune.json").write_bytes((source.folder / "prune.json").read_bytes())
-    if source.pipeline:
-        copy_pipeline(source.pipeline, partial, source.component)
-    elif source.scheduler_folder:
-        copy_scheduler(source.scheduler_folder, partial)
+    copy_rest(source, partial)
     (folder / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     card = distilled_card(name, source.class_name, facts, source.pipeline is not None)
     (partial / "README.md").write_text(card, encoding="utf-8")

@@ -17,7 +17,7 @@ from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.vae import decode, load_vae
@@ -32,7 +32,6 @@ from ._experts import Plan, card, settings_from
 from ._images import listing
 from ._training import Driven, driven, guidance_of
 from .calibration import conditions_for, pick_device, pick_dtype, settings_of
-from .compress import copy_scheduler
 
 REPORT, PAGE = "moe.json", "moe.html"
 
@@ -204,10 +203,7 @@ def _write_folder(
     text = json.dumps({**checkpoint.config, "quantization_config": entry_of(job, plan)}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
     (partial / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
-    elif checkpoint.scheduler_folder:
-        copy_scheduler(checkpoint.scheduler_folder, partial)
+    copy_rest(checkpoint, partial)
     (partial / "README.md").write_text(
         card(job.path.name if job.path else "", checkpoint.class_name, facts), encoding="utf-8"
     )

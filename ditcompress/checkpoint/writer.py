@@ -24,6 +24,7 @@ from ._shards import ShardWriter as ShardWriter  # the door for everything that 
 from ._shards import save_atomic as save_atomic
 from .manifest import NAME as MANIFEST
 from .manifest import changed, is_ours, write_manifest
+from .reader import Checkpoint
 
 
 @contextmanager
@@ -175,6 +176,16 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def copy_rest(checkpoint: Checkpoint, partial: Path) -> None:
+    """What a written model needs beside itself: its pipeline's other components, or else its own scheduler."""
+    if checkpoint.pipeline:
+        copy_pipeline(checkpoint.pipeline, partial, checkpoint.component)
+    elif checkpoint.scheduler_folder:
+        name = "scheduler_config.json"
+        (partial / "scheduler").mkdir(exist_ok=True)
+        (partial / "scheduler" / name).write_bytes((checkpoint.scheduler_folder / name).read_bytes())
 
 
 def copy_pipeline(pipeline: Path, partial: Path, component: str) -> None:

@@ -7,7 +7,6 @@ of weights, so it is not part of the export.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, check_tensors, open_checkpoint
-from ..checkpoint.writer import ShardWriter, copy_pipeline
+from ..checkpoint.writer import ShardWriter, copy_rest
 from ..errors import DitcompressError
 from ..loading import DitcompressConfig, expected_shapes, meta_model
 from ..models import build_meta
@@ -74,7 +73,7 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
             if name.startswith(f"{owner}."):
                 add(copy + name[len(owner) :], checkpoint.read(name))
     files = writer.finish()
-    _write_rest(checkpoint, target, folder, component)
+    _write_rest(checkpoint, target, folder)
     again = open_checkpoint(folder)
     check_tensors(again, expected_shapes(build_meta(plain_config(checkpoint))))
     check_written(again, digests)
@@ -85,16 +84,11 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     }
 
 
-def _write_rest(checkpoint: Checkpoint, target: Path, folder: Path, component: str) -> None:
+def _write_rest(checkpoint: Checkpoint, target: Path, folder: Path) -> None:
     """config.json without our entry, and the pipeline's other components or the model's own scheduler."""
     text = json.dumps(plain_config(checkpoint), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
-    if checkpoint.pipeline:
-        copy_pipeline(checkpoint.pipeline, target, component)
-    elif checkpoint.scheduler_folder:
-        (folder / "scheduler").mkdir()
-        name = "scheduler_config.json"
-        shutil.copyfile(checkpoint.scheduler_folder / name, folder / "scheduler" / name)
+    copy_rest(checkpoint, target)
 
 
 def _packed(model: torch.nn.Module, name: str) -> PackedLinear:
