@@ -24,6 +24,7 @@ class Registry:
 
     def __init__(self, package: str, kind: str, exports: tuple[str, ...]) -> None:
         self.package, self.kind, self.exports = package, kind, exports
+        self._found: dict[str, ModuleType] = {}  # asked for at every layer: the folder is not read each time
 
     def names(self) -> list[str]:
         path = importlib.import_module(self.package).__path__
@@ -31,6 +32,11 @@ class Registry:
         return sorted(n for n in found if not n.startswith("_") and n != "base")
 
     def get(self, name: str) -> ModuleType:
+        if name not in self._found:
+            self._found[name] = self._import(name)
+        return self._found[name]
+
+    def _import(self, name: str) -> ModuleType:
         names = self.names()
         if name not in names:
             raise DitcompressError("E201", f"{self.kind} {name!r}", "is not known", nearest(name, names))
