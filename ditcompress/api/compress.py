@@ -330,7 +330,7 @@ def _quantize_module(
     )  # fmt: skip
     compressed = copy.deepcopy(model)
     fields = with_structure(engine.quantization_config(recipe.name, outcome), source.config)
-    config = DitcompressConfig(**{key: value for key, value in fields.items() if key != "quant_method"})
+    config = DitcompressConfig(**fields)
     apply_schemes(compressed, config.layer_schemes())
     compressed.load_state_dict(sink.tensors, strict=True, assign=True)
     compressed.requires_grad_(False)

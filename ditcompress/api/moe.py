@@ -134,7 +134,7 @@ def _in_memory(model: Any, job: Job, layout: Layout, left: list[str]) -> dict[st
     sparse, plan, _, losses = converted(job, source, layout, by, None)
     facts = measured_facts(job, layout, by, sparse, plan, losses, left)
     sparse = sparse.to(model.dtype).eval().requires_grad_(False)
-    as_loaded(sparse, DitcompressConfig(**{k: v for k, v in entry_of(job, plan).items() if k != "quant_method"}))
+    as_loaded(sparse, DitcompressConfig(**entry_of(job, plan)))
     return {**facts, "model": sparse}
 
 

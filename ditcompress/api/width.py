@@ -181,5 +181,5 @@ def narrowed_model(model: nn.Module, width: Width, ready: Callable[[], Context])
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     model.register_to_config(**changed)  # type: ignore[operator]
     if fields is not None:
-        as_loaded(model, DitcompressConfig(**{k: v for k, v in fields.items() if k != "quant_method"}))
+        as_loaded(model, DitcompressConfig(**fields))
     return facts | {"stock": fields is None}
