@@ -15,6 +15,7 @@ from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation import peers
 from ditcompress.evaluation.digits import digits_folder
+from ditcompress.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,14 @@ def test_inspect_says_which_kernel_runs_what(packed: Path) -> None:
     rows = api.inspect(packed)["kernels"]
     assert sum(row["layers"] for row in rows) == sum("int" in layer["done"] for layer in api.inspect(packed)["layers"])
     assert all(row["cpu"] == "reference" and row["shape"] and "int4 group" in row["done"] for row in rows)
+
+
+def test_a_packed_model_is_one_graph(packed: Path) -> None:
+    model, _ = load_model(packed)
+    size, channels = model.config.sample_size, model.config.in_channels
+    latents = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    given = {"timestep": torch.tensor([3, 500]), "class_labels": torch.tensor([1, 2])}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        traced = torch.compile(model, backend="eager", fullgraph=True)(latents, **given).sample
+        assert torch.equal(traced, model(latents, **given).sample)

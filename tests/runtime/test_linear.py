@@ -137,6 +137,13 @@ def test_a_bfloat16_input_gives_a_bfloat16_output_near_the_float32_one() -> None
         assert (y.float() - layer(x)).norm() < 0.03 * layer(x).norm()
 
 
+def test_large_inputs_stay_finite_in_float16() -> None:
+    layer = packed(Scheme(INT8), 24, 640)
+    x = 100 * inputs(4, 640).abs()
+    y = layer(x.half())
+    assert y.isfinite().all() and (y.float() - layer(x)).norm() < 0.01 * layer(x).norm()
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("mode", ["token", "tensor"])

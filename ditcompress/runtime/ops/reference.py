@@ -27,6 +27,8 @@ def decoded(layer: Layer, dtype: torch.dtype) -> Made:
     if not layer.is_int8:
         return {"weight": layer.decoded().to(dtype)}
     codes, scale = layer.as_int8()
+    if dtype == torch.float16:  # whose range ends at 65504: sums of codes would leave it
+        return {"weight": (codes * scale).to(dtype)}
     return {"weight": codes.to(dtype), "scale": scale.reshape(-1)}
 
 

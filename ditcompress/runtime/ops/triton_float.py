@@ -9,14 +9,14 @@ from torch import Tensor
 from ..scheme import Scheme
 from . import reference
 from .base import Layer, Made, finished
-from .triton import on_gpu
+from .triton import available, expected
 
 SAYS = "decoded by one kernel; for up to 64 rows multiplied as it is decoded (Triton)"
 FORMATS = ("int", "ternary", "vq", "nf4", "fp", "mx")
 
 
 def supports(scheme: Scheme, device: str) -> bool:
-    return device == "cuda" and scheme.weight.format in FORMATS and on_gpu()
+    return device == "cuda" and scheme.weight.format in FORMATS and expected()
 
 
 def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
@@ -24,12 +24,14 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
+    if made or not available(x.device):
+        return reference.run(layer, x, made, dtype)
     from .triton import decode, small_m
 
     spec, stored, shape = layer.scheme.weight, layer.stored_tensors(), (layer.out_features, layer.in_features)
     rows = x.numel() // x.shape[-1]
     few = small_m.supported(spec, rows)
-    if made or not (few or decode.supported(spec, shape)):
+    if not (few or decode.supported(spec, shape)):
         return reference.run(layer, x, made, dtype)
     x = layer.transformed(x)
     rounded = reference.on_grid(layer, x).to(dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..scheme import Scheme
 from . import reference
 from .base import Layer, Made, finished
-from .triton import on_gpu
+from .triton import available, expected
 
 SAYS = "tokens rounded to E4M3 in one pass (Triton), row-wise scaled product (cuBLAS)"
 
@@ -19,7 +19,7 @@ def supports(scheme: Scheme, device: str) -> bool:
     tokens, weight = scheme.activation, scheme.weight
     plain = tokens.mode == "token" and tokens.element == "e4m3" and not tokens.group and tokens.scale == "float32"
     rows = weight.format == "fp" and weight.params.get("element") == "e4m3" and weight.params.get("layout", "") == "row"
-    return device == "cuda" and plain and rows and weight.params.get("scale", "float32") != "uint8" and on_gpu()
+    return device == "cuda" and plain and rows and weight.params.get("scale", "float32") != "uint8" and expected()
 
 
 def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
@@ -27,6 +27,8 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
+    if not available(x.device):
+        return reference.run(layer, x, {}, dtype)
     from .triton import decode, fp8, library, rows
 
     scheme, width = layer.scheme, layer.in_features

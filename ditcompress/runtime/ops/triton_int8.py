@@ -14,19 +14,21 @@ from . import reference
 from .base import Layer, Made
 from .cpu_int8 import integers
 from .cpu_int8 import prepare as prepare
-from .triton import on_gpu
+from .triton import available, expected
 
 SAYS = "tokens rounded in one pass, integer product with everything after it fused (Triton)"
 
 
 def supports(scheme: Scheme, device: str) -> bool:
     """Integers on both sides, and a GPU that Triton compiles for."""
-    return device == "cuda" and integers(scheme) and on_gpu()
+    return device == "cuda" and integers(scheme) and expected()
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     """As `reference`, but for the order of float32 sums and codes at ties. What does not fit the kernels (a row above
     16384, an uncommon transform, a rank above theirs) is done outside them."""
+    if not available(x.device):
+        return reference.run(layer, x, {}, dtype)
     from .triton import library, rows
     from .triton.int8_gemm import MOST_RANK
 

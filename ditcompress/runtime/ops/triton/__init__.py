@@ -31,6 +31,8 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
 def available(device: torch.device) -> bool:
     """Whether the kernels run on tensors of this device."""
     if not installed():
@@ -40,9 +42,9 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and interpreted()
 
 
-def on_gpu() -> bool:
-    """Whether a CUDA device of this machine runs the kernels; where there is none, whether one would."""
-    return installed() and (not torch.cuda.is_available() or available(torch.device("cuda")))
+def expected() -> bool:
+    """Whether a CUDA device would run the kernels, as far as can be said without waking one."""
+    return installed() and torch.version.hip is None
 
 
 @functools.cache
