@@ -9,8 +9,7 @@ the index into the table of magnitudes is the pattern without its sign bit.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,10 +23,7 @@ def bits(element: str) -> int:
     return 1 + int(element[1]) + int(element[3])
 
 
-@cache
-@torch.inference_mode(False)  # a cached tensor outlives the mode it was first asked for in
-def magnitudes(element: str) -> Tensor:
-    """The non-negative finite values in the order of their bit patterns, float32 (P,)."""
+def _magnitudes(element: str) -> Tensor:
     exponent, mantissa = int(element[1]), int(element[3])
     bias = max(2 ** (exponent - 1) - 1, 1)
     pattern = torch.arange(_FINITE.get(element, 2 ** (exponent + mantissa)), dtype=torch.float64, device="cpu")
@@ -36,24 +32,32 @@ def magnitudes(element: str) -> Tensor:
     return (torch.where(subnormal, fraction, 1 + fraction) * torch.exp2(power + subnormal - bias)).float()
 
 
-def largest(element: str) -> float:
-    """The largest finite magnitude."""
-    return magnitudes(element)[-1].item()
-
-
-@cache
-@torch.inference_mode(False)
-def _boundaries(element: str) -> Tensor:
+def _boundaries(table: Tensor) -> Tensor:
     """Between patterns p and p + 1, so that the even one of them gets a tie: float32 (P - 1,)."""
-    table = magnitudes(element)
     middle = (table[1:] + table[:-1]) / 2
     middle[1::2] = torch.nextafter(middle[1::2], torch.zeros_like(middle[1::2]))
     return middle
 
 
+with torch.inference_mode(False):  # made at import: a traced forward pass can read them, not make them
+    _TABLES = {element: _magnitudes(element) for element in get_args(Element)}
+    _MIDDLES = {element: _boundaries(table) for element, table in _TABLES.items()}
+_LARGEST = {element: table[-1].item() for element, table in _TABLES.items()}
+
+
+def magnitudes(element: str) -> Tensor:
+    """The non-negative finite values in the order of their bit patterns, float32 (P,)."""
+    return _TABLES[element]
+
+
+def largest(element: str) -> float:
+    """The largest finite magnitude."""
+    return _LARGEST[element]
+
+
 def encode(values: Tensor, element: str) -> Tensor:
     """Bit patterns, int32, of float32 values: nearest, ties to even, saturating. The sign of zero is kept."""
-    pattern = torch.bucketize(values.abs(), _boundaries(element).to(values.device), out_int32=True)
+    pattern = torch.bucketize(values.abs(), _MIDDLES[element].to(values.device), out_int32=True)
     return pattern + torch.signbit(values).to(torch.int32) * 2 ** (bits(element) - 1)
 
 

@@ -228,7 +228,8 @@ FORMATS = {
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
 def test_every_format_is_traced_without_a_break_and_decoded_once_if_asked(spec: WeightSpec) -> None:
-    for activation in (ActivationSpec(), ActivationSpec("token", 8, False)):
+    small = ActivationSpec("token", 4, True, group=16, element="e2m1", scale="e8m0")
+    for activation in (ActivationSpec(), ActivationSpec("token", 8, False), small):
         layer = fitted(Scheme(spec, activation), 24, 48)
         x = inputs(6, 48)
         expected = fake_quantize(x, activation) @ layer.dequantize().T
