@@ -8,7 +8,6 @@ block by block (all blocks share one graph) and is not part of the times.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from ..runtime.kernels import set_decode
 from ..runtime.linear import PackedLinear
 from . import peers
 from .cost import one_forward, resident_bytes
+from .latency import has, timed, wait
 from .subject import Subject
 
 LEAST, MOST = 5, 50  # repeats
@@ -157,11 +157,6 @@ def _graphed(subject: Subject, model: nn.Module, batch: int) -> Callable[[], Ten
     return replay
 
 
-def _wait(subject: Subject) -> None:
-    if subject.settings.device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def _alternate(
     subject: Subject, arms: Sequence[Arm], runs: Mapping[str, Callable[[], Any]], level: str, seconds: float
 ) -> None:
@@ -169,10 +164,10 @@ def _alternate(
     began = time.perf_counter()
     for repeat in range(MOST + 1):
         for arm in arms:
-            _wait(subject)
+            wait(subject.settings.device)
             start = time.perf_counter()
             runs[arm.name]()
-            _wait(subject)
+            wait(subject.settings.device)
             if repeat:
                 arm.times.setdefault(level, []).append(time.perf_counter() - start)
         if repeat >= LEAST and time.perf_counter() - began > seconds * max(1, len(arms)):
@@ -185,46 +180,13 @@ def _inside(subject: Subject, arms: Sequence[Arm], names: Sequence[str], bench: 
     began = time.perf_counter()
     for repeat in range(MOST):
         for arm in arms:
-            inside = [n for n in names if _has(arm.model, n)]
-            with _clock(subject, arm.model, inside) as spent:
-                one_forward(subject, arm.model, bench.batch)()
-            arm.times.setdefault("linear", []).append(sum(spent))
-            with _clock(subject, arm.model, [b for b in blocks if _has(arm.model, b)]) as spent:
-                one_forward(subject, arm.model, bench.batch)()
-            arm.times.setdefault("block", []).append(sum(spent) / max(1, len(spent)))
+            for level, modules in (("linear", names), ("block", blocks)):
+                with timed(arm.model, [n for n in modules if has(arm.model, n)], subject.settings.device) as times:
+                    one_forward(subject, arm.model, bench.batch)()
+                spent = [seconds for calls in times.values() for seconds in calls]
+                arm.times.setdefault(level, []).append(sum(spent) / (len(spent) if level == "block" else 1))
         if repeat + 1 >= LEAST and time.perf_counter() - began > bench.seconds * max(1, len(arms)):
             break
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _clock(subject: Subject, model: nn.Module, names: Sequence[str]) -> Iterator[list[float]]:
-    """Seconds of each call of the named modules, in order."""
-    spent: list[float] = []
-    started: list[float] = []
-
-    def before(*_: Any) -> None:
-        _wait(subject)
-        started.append(time.perf_counter())
-
-    def after(*_: Any) -> None:
-        _wait(subject)
-        spent.append(time.perf_counter() - started.pop())
-
-    modules = [model.get_submodule(name) for name in names]
-    handles = [h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sampling(subject: Subject, arms: Sequence[Arm], bench: Bench) -> None:
@@ -234,7 +196,7 @@ def _sampling(subject: Subject, arms: Sequence[Arm], bench: Bench) -> None:
         for arm in arms if arms and arms[0].mode != "graph" else ():
             start = time.perf_counter()
             subject.sample(arm.model, indices, batch=bench.batch)
-            _wait(subject)
+            wait(subject.settings.device)
             if repeat:
                 arm.times.setdefault("sampling", []).append(time.perf_counter() - start)
 

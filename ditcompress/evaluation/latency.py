@@ -77,7 +77,8 @@ def _row(times: Times) -> dict[str, Any]:
     return {**found, "ratio": found["original"]["p50"] / max(found["compressed"]["p50"], 1e-12)}
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until a GPU has done what it was told."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
@@ -88,10 +89,10 @@ def _in_turns(runs: dict[str, Callable[[], Any]], subject: Subject) -> Times:
     began = time.perf_counter()
     for repeat in range(REPEATS + 1):
         for name, run in runs.items():
-            _wait(subject.settings.device)
+            wait(subject.settings.device)
             start = time.perf_counter()
             run()
-            _wait(subject.settings.device)
+            wait(subject.settings.device)
             if repeat:
                 times[name].append(time.perf_counter() - start)
         if repeat >= LEAST and time.perf_counter() - began > BUDGET_S * len(runs):
@@ -100,21 +101,21 @@ def _in_turns(runs: dict[str, Callable[[], Any]], subject: Subject) -> Times:
 
 
 @contextmanager
-def _timed(model: nn.Module, names: Sequence[str], device: str) -> Iterator[Times]:
+def timed(model: nn.Module, names: Sequence[str], device: str) -> Iterator[Times]:
     """Seconds of each named module's calls."""
     times: Times = {}
     started: dict[str, float] = {}
 
     def before(name: str) -> Any:
         def hook(*_: Any) -> None:
-            _wait(device)
+            wait(device)
             started[name] = time.perf_counter()
 
         return hook
 
     def after(name: str) -> Any:
         def hook(*_: Any) -> None:
-            _wait(device)
+            wait(device)
             times.setdefault(name, []).append(time.perf_counter() - started[name])
 
         return hook
@@ -134,7 +135,7 @@ def _inside(subject: Subject, model: nn.Module, names: Sequence[str], batch: int
     """Seconds of the named modules within forward passes."""
     run, began = one_forward(subject, model, batch), time.perf_counter()
     run()
-    with _timed(model, [n for n in names if _has(model, n)], subject.settings.device) as times:
+    with timed(model, [n for n in names if has(model, n)], subject.settings.device) as times:
         for repeat in range(REPEATS):
             run()
             if repeat + 1 >= LEAST and time.perf_counter() - began > BUDGET_S:
@@ -142,7 +143,8 @@ def _inside(subject: Subject, model: nn.Module, names: Sequence[str], batch: int
     return times
 
 
-def _has(model: nn.Module, name: str) -> bool:
+def has(model: nn.Module, name: str) -> bool:
+    """Whether the model has a module of this path."""
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -164,6 +166,6 @@ def _sampling(
         for name, model in models.items():
             start = time.perf_counter()
             subject.sample(model, indices, batch=batch)
-            _wait(subject.settings.device)
+            wait(subject.settings.device)
             times[name].append(time.perf_counter() - start)
     return {"batch": batch, "steps": subject.settings.steps, **_row(times)}
