@@ -39,8 +39,8 @@ from ditcompress.runtime.kernels import set_decode
 Batch = tuple[Tensor, Tensor, Tensor]  # noised images, timesteps, labels
 Peer = tuple[str, float, Callable[[nn.Module], nn.Module]]  # name, stored bits, quantizer
 OURS = (
-    "w8a8", "w8a8-token", "w4a8", "w4a8-token", "w4a4", "w4a16", "w3a16", "w2a16", "w2a16-vq", "fp8", "nvfp4", "mxfp4", "w8a16",
-    "w4a16-rtn", "w4a8-ditas", "ptq4dm-w8a8", "vidit-q-w8a8", "vidit-q-w4a8", "vidit-q-mp", "hq-dit-w4a4",
+    "w8a8", "w8a8-token", "w4a8", "w4a8-token", "w4a4", "w4a16", "w3a16", "w2a16", "w2a16-vq", "fp8", "nvfp4", "mxfp4",
+    "w8a16", "w4a16-rtn", "w4a8-ditas", "ptq4dm-w8a8", "vidit-q-w8a8", "vidit-q-w4a8", "vidit-q-mp", "hq-dit-w4a4",
     "svdquant-w4a4", "svdquant-nvfp4", "q-dit",
 )  # fmt: skip
 
