@@ -24,13 +24,13 @@ from ..distill.latents import Latents
 from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
 from ..distill.noising import Noising
-from ..distill.ranks import Ranks, joined
 from ..distill.settings import TRAJECTORIES, Options
 from ..distill.student import Student
 from ..distill.trainer import History, train
 from ..errors import DitcompressError
 from ..loading import load_model, open_model
 from ..models import adapter_for
+from ..ranks import Ranks, joined
 from ..recipe import Calibration
 from ..report.card import distilled_card
 from ._images import encoded, is_images, listing
