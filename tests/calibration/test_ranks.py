@@ -6,16 +6,14 @@ All runs of the pair are made once, in two processes that live as long as the te
 from __future__ import annotations
 
 import json
-import os
-import traceback
-from collections.abc import Callable
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from ditcompress import api
 from ditcompress.calibration import collect as module
@@ -28,7 +26,8 @@ from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.models import dit, flux, pixart, sd3
-from ditcompress.ranks import ALONE, Ranks, joined
+from ditcompress.ranks import ALONE, Ranks
+from tests.processes import in_two
 
 SETTINGS = CalibrationSettings(samples=5, steps=3, guidance=1.5, policy="all", buckets=3, reservoir=48, batch=4)
 PASSES = {
@@ -63,7 +62,7 @@ class Stop(Silent):
         return nullcontext(lambda units: next(done))
 
 
-def passes(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
+def passes(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Every pass once."""
     for name in PASSES:
         found = gather(name, ranks)
@@ -73,7 +72,7 @@ def passes(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
     return {}
 
 
-def interrupted(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
+def interrupted(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """A pass that ends in its second batch, after the first one is saved."""
     module.SAVE_EVERY_S = -1.0
     (folder / "journal").mkdir(exist_ok=True)
@@ -86,9 +85,10 @@ def interrupted(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
     return {}
 
 
-def commands(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
+def commands(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """calibrate and quantize of the api, and again where the output exists."""
     facts: dict[str, Any] = {}
+    tiny = folder / "tiny"
     found = api.calibrate(tiny, folder / "statistics", overrides=FEW, device="cpu")
     facts["inputs"] = len(found.inputs)
     made = api.quantize(tiny, "w4a8", folder / "quantized", overrides=FEW, device="cpu")
@@ -103,7 +103,7 @@ def commands(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
     return facts
 
 
-def failures(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
+def failures(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """One process fails in the middle of its work, each in turn, each with errors of ours and others."""
     facts: dict[str, Any] = {}
     for number in (0, 1):
@@ -124,35 +124,12 @@ def failures(folder: Path, ranks: Ranks, tiny: Path) -> dict[str, Any]:
     return facts
 
 
-def pair(rank: int, folder: str, tiny: str) -> None:
-    """One of two processes."""
-    torch.set_num_threads(1)
-    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-    work: list[Callable[..., dict[str, Any]]] = [passes, interrupted, commands, failures]
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    facts: dict[str, Any] = {}
-    for part in work:
-        with joined(torch.device("cpu")) as (ranks, _):
-            try:
-                facts[part.__name__] = part(Path(folder), ranks, Path(tiny))
-            except Exception:
-                facts[part.__name__] = {"failed": traceback.format_exc()}
-    (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, tiny_dit: Path) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, tiny_dit: Path) -> tuple[Path, dict[str, Any]]:
+    """Their folder and what each function above gave in both."""
     folder = tmp_path_factory.mktemp("two")
-    multiprocessing.start_processes(pair, (str(folder), str(tiny_dit)), nprocs=2, start_method="fork")
-    return folder
-
-
-def facts_of(two: Path, part: str) -> list[dict[str, Any]]:
-    found = [json.loads((two / f"facts-{rank}.json").read_text())[part] for rank in (0, 1)]
-    assert not [f["failed"] for f in found if "failed" in f]
-    return found
+    shutil.copytree(tiny_dit, folder / "tiny")
+    return folder, in_two(folder, [passes, interrupted, commands, failures])
 
 
 def assert_equal(one: Statistics, other: Statistics) -> None:
@@ -173,9 +150,8 @@ def assert_equal(one: Statistics, other: Statistics) -> None:
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_two_processes_gather_what_one_does(two: Path, name: str) -> None:
-    facts_of(two, "passes")
-    assert_equal(gather(name), load_statistics(two / name))
+def test_two_processes_gather_what_one_does(two: tuple[Path, Any], name: str) -> None:
+    assert_equal(gather(name), load_statistics(two[0] / name))
 
 
 def test_many_processes_select_the_tokens_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,28 +179,31 @@ def test_many_processes_select_the_tokens_of_one(monkeypatch: pytest.MonkeyPatch
         assert rows_of == set(map(tuple, torch.cat([expected.reservoir, expected.priority[:, None]], 1).tolist()))
 
 
-def test_an_interrupted_pass_of_two_goes_on_with_one(two: Path) -> None:
-    assert [f["stopped"] for f in facts_of(two, "interrupted")] == ["StopIteration", "RuntimeError"]
-    assert (two / "journal" / "state.safetensors").exists()
-    assert_equal(gather("dit-fisher"), gather("dit-fisher", journal=two / "journal"))
+def test_an_interrupted_pass_of_two_goes_on_with_one(two: tuple[Path, Any]) -> None:
+    folder, facts = two
+    assert [f["stopped"] for f in facts["interrupted"]] == ["StopIteration", "RuntimeError"]
+    assert (folder / "journal" / "state.safetensors").exists()
+    assert_equal(gather("dit-fisher"), gather("dit-fisher", journal=folder / "journal"))
 
 
-def test_commands_write_once_and_say_once_that_the_output_exists(two: Path, tiny_dit: Path, tmp_path: Path) -> None:
-    first, second = facts_of(two, "commands")
+def test_commands_write_once_and_all_learn_that_the_output_exists(two: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, facts = two
+    tiny = folder / "tiny"
+    first, second = facts["commands"]
     assert first["inputs"] > 0 == second["inputs"] and first["records"] > 0 == second["records"]
     assert {f[f"{out} again"] for f in (first, second) for out in ("statistics", "quantized")} == {"E501"}
-    one = api.calibrate(tiny_dit, tmp_path / "one", overrides=FEW, device="cpu")
-    assert_equal(one, load_statistics(two / "statistics"))
-    made = api.quantize(tiny_dit, "w4a8", tmp_path / "quantized", overrides=FEW, device="cpu")
-    layers = [json.loads((folder / "quantized" / "layers.json").read_text()) for folder in (two, tmp_path)]
+    one = api.calibrate(tiny, tmp_path / "one", overrides=FEW, device="cpu")
+    assert_equal(one, load_statistics(folder / "statistics"))
+    made = api.quantize(tiny, "w4a8", tmp_path / "quantized", overrides=FEW, device="cpu")
+    layers = [json.loads((place / "quantized" / "layers.json").read_text()) for place in (folder, tmp_path)]
     assert [r["site"] for r in layers[0]] == [r["site"] for r in layers[1]] and made.records
     for ours, theirs in zip(*layers, strict=True):
         assert ours["weight_sqnr_db"] == pytest.approx(theirs["weight_sqnr_db"], abs=0.5)
-    assert not list(two.glob(".quantized*")) and not list(two.glob(".statistics*"))
+    assert not list(folder.glob(".quantized*")) and not list(folder.glob(".statistics*"))
 
 
-def test_a_failure_of_one_is_that_of_all_and_names_its_process(two: Path) -> None:
-    for rank, found in enumerate(facts_of(two, "failures")):
+def test_a_failure_of_one_is_that_of_all_and_names_its_process(two: tuple[Path, Any]) -> None:
+    for rank, found in enumerate(two[1]["failures"]):
         for number in (0, 1):
             by = "" if rank == number or number == 0 else "process 1: "
             assert found[f"{number} DitcompressError"].startswith(
