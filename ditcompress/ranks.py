@@ -203,6 +203,19 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
+def _launched() -> bool:
+    """Whether a launcher's environment names other processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def alone(what: str) -> None:
+    """E203 under a launcher, for work that several processes would do several times, in one another's way."""
+    if _launched():
+        raise DitcompressError(
+            "E203", what, "runs as one process", "start it without a launcher, or its steps one by one"
+        )
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """The processes of this run and the device of this one: a group that is there already, that of a launcher's
@@ -210,7 +223,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     if dist.is_available() and dist.is_initialized():
         yield _group(device), device
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
+    if not _launched():
         yield ALONE, device
         return
     if device.type == "cuda":

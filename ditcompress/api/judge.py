@@ -17,7 +17,7 @@ from ..evaluation import compare
 from ..evaluation.digits import digits_folder
 from ..evaluation.quality import Sources
 from ..evaluation.settings import EvaluateSettings
-from ..ranks import Ranks, joined
+from ..ranks import Ranks, alone, joined
 from ..recipe import parse_recipe
 from .calibration import cache_folder, pick_device, pick_dtype, read_prompts
 from .compress import quantize
@@ -146,6 +146,7 @@ def demo(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """The main job on the embedded model: `out`/digits-RECIPE is the compressed pipeline, `out`/report the report."""
+    alone("demo")
     original, out = digits_folder(), Path(out)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "overwrite": True, "reporter": reporter}
     made = quantize(original, recipe, out / f"digits-{Path(recipe).stem}", seed=seed, **options)

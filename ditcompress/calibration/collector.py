@@ -4,8 +4,10 @@ Of several processes each sees its own images of a batch, and keeps of their tok
 kept: all draw the same random numbers, over the tokens of the whole batch. The sets are put together by `merge`:
 sums (Gram matrix, total, tokens, similarity) are added, ranges take the lesser and the larger, and of the kept tokens
 those of highest priority stay. Sums then differ from one process's by float rounding; the kept tokens are the same ones
-(of equal priorities either may come first). Experts see as many tokens as are sent to them, so where an input has no
-row for each image a process draws from its own tokens: ranges and counts are the same, the kept tokens are others.
+(of equal priorities either may come first). Where tokens choose experts, as many calls happen as experts are reached,
+so processes draw other numbers: ranges, keys and (where all tokens of a forward enter) sums are still those of one
+process, the kept tokens are others. An input that all images of a batch share (none in the families here) would count
+once a process.
 """
 
 from __future__ import annotations
