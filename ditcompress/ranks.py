@@ -84,9 +84,9 @@ class Ranks:
             yield
         except Exception as error:
             if not hasattr(error, TOLD):
-                self._meet(error, None)
+                self._meet(error)
             raise
-        self._meet(None, None)
+        self._meet(None)
 
     def lead(self, make: Callable[[], T]) -> T:
         """What the first process makes, for all; its failure is that of all."""
@@ -95,7 +95,8 @@ class Ranks:
             value = make() if self.first else None
         except Exception as caught:
             error = caught
-        return self._meet(error, value)  # type: ignore[no-any-return]
+        self._meet(error)
+        return self.share(value)  # type: ignore[no-any-return]
 
     def agree(self, value: T) -> T:
         """The first process's value once all are here, or the failure of one that will not come."""
@@ -105,21 +106,20 @@ class Ranks:
         """What follows concerns each process alone. The others may end now; call it in all after they have met."""
         self.rank, self.count = 0, 1
 
-    def _meet(self, error: Exception | None, value: Any) -> Any:
+    def _meet(self, error: Exception | None) -> None:
+        """Tell all how it went here; raises what went wrong, of several failures that of the lowest number."""
         if self.count == 1:
             if error is not None:
                 raise error
-            return value
-        found: list[Any] = [None] * self.count
+            return
         try:
-            dist.all_gather_object(found, (_packed(error), value))
+            found = self.everyone(_packed(error))
         except RuntimeError:
             lost = DitcompressError("E605", "a process", "ended without a word", "see its output, run the same again")
             raise _told(error or lost) from None
-        failed = next((number for number, (problem, _) in enumerate(found) if problem is not None), None)
-        if failed is None:
-            return found[0][1]
-        raise _told(error or _unpacked(found[failed][0], failed))
+        failed = next(((number, problem) for number, problem in enumerate(found) if problem is not None), None)
+        if failed is not None:
+            raise _told(error or _unpacked(*failed))
 
     # --- shares -------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def _packed(error: Exception | None) -> tuple[str, ...] | None:
     return known.code, known.where, known.what, known.remedy
 
 
-def _unpacked(packed: tuple[str, ...], number: int) -> Exception:
+def _unpacked(number: int, packed: tuple[str, ...]) -> Exception:
     by = f"process {number}: "
     if len(packed) == 1:
         return RuntimeError(by + packed[0])
