@@ -6,6 +6,7 @@ exit-code contract of the command line (see README, "Exit codes").
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Any
 
@@ -67,12 +68,15 @@ CODES = {
     "E602": "out-of-memory",
     "E603": "not-writable",
     "E604": "device-unavailable",
+    "E605": "process-lost",  # one of several processes is gone
     "E701": "numerical",
     "E703": "training-diverged",
     "E702": "bad-round-trip",  # a library does not give back what its format can hold
     "E801": "gate-failed",
     "E901": "gate-inconclusive",
 }
+
+TOLD = "ditcompress_told"  # attribute of an error that all of several processes know of
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]")
 
@@ -125,3 +129,22 @@ class DitcompressError(Exception):
                 "exit_code": self.exit_code,
             }
         }
+
+
+def as_ours(error: BaseException) -> DitcompressError | None:
+    """Failures of the machine as errors of ours."""
+    if isinstance(error, DitcompressError):
+        return error
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in type(error).__name__
+        or "can't allocate memory" in str(error)
+    ):
+        return DitcompressError(
+            "E602", "memory", "there is not enough of it", "lower calibration.samples or use a smaller --batch"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DitcompressError("E601", error.filename or "output", "the disk is full", "free some space")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return DitcompressError("E603", error.filename or "output", "permission denied", "choose another folder")
+    return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ._facts import check_recipe, quantize_facts
 from .bench import bench
 from .calibration import calibrate, calibration_plan
 from .chain import ChainResult, run_recipe, staged
-from .compress import QuantizeResult, check_recipe, quantize, quantize_facts
+from .compress import QuantizeResult, quantize
 from .depth import PruneResult, method_settings, prune, sensitivity
 from .distill import DistillResult, distill
 from .judge import demo, evaluate, parse_margins, report

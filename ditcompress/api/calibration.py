@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..loading import open_model
 from ..models import adapter_for
 from ..offload import check_offload, load_to_run
 from ..quantization import needs
+from ..ranks import ALONE, Ranks, joined
 from ..recipe import Calibration, Recipe, data_folder, load_recipe, make_plan
 from . import _memory
 from ._options import pick_device as pick_device
@@ -50,23 +52,29 @@ def calibrate(
     """Run `path` along its own sampling trajectories and store what quantization needs in the folder `out`.
 
     `recipe` says how much is gathered; with `offload` "cpu" or "disk" blocks are in memory only while they run, and
-    the statistics are the same to the bit. Raises E205 where the model cannot be driven, E331 for bad statistics.
+    the statistics are the same to the bit. Under `accelerate launch` every process runs its part of the images; the
+    first one writes and returns the statistics, the others return empty ones. Raises E205 where the model cannot be
+    driven, E331 for bad statistics.
     """
-    reporter = reporter or Silent()
     check_offload(offload)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    with _target(out, overwrite, [Path(path)]) as folder:
-        checkpoint, meta = open_model(path, allow_compressed=False)
-        settings = settings_of(chosen.calibration or Calibration(), seed)
-        layout = adapter_for(checkpoint.config).layout(meta)
-        _memory.tell(
-            reporter, lambda: _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
-        )
+    with joined(pick_device(device)) as (ranks, place), ranks.together(), ExitStack() as stack:
+        reporter = reporter if reporter and ranks.first else Silent()
+        folder = ranks.lead(lambda: stack.enter_context(_target(out, overwrite, [Path(path)])))
+        with ranks.together():
+            checkpoint, meta = open_model(path, allow_compressed=False)
+            settings = settings_of(chosen.calibration or Calibration(), seed)
+            if ranks.first:
+                layout = adapter_for(checkpoint.config).layout(meta)
+                predict = _memory.of_calibration
+                _memory.tell(
+                    reporter, lambda: predict(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
+                )  # fmt: skip
         statistics = _calibrate(
-            checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=out, restart=restart,
-            offload=offload,
+            checkpoint, settings, conditions, scheduler, str(place), dtype, reporter, work_for=out, restart=restart,
+            offload=offload, ranks=ranks,
         )  # fmt: skip
-        if folder is not None:
+        if folder is not None and ranks.first:
             save_statistics(folder, statistics)
     return statistics
 
@@ -89,25 +97,32 @@ def _calibrate(
     work_for: str | Path | None,
     restart: bool = False,
     offload: str = "none",
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Fresh statistics of a checkpoint, going on from an interrupted run where there is one."""
     adapter = adapter_for(checkpoint.config)
-    sampler = load_scheduler(
-        checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
-    )
-    given = conditions_for(checkpoint, adapter, settings, conditions, reporter)
-    marks = {**fingerprint(checkpoint.fingerprint, sampler, given, settings), "dtype": dtype}
-    journal = None
-    if work_for is not None:
-        journal = work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks, restart)
-    # after the conditions: text encoders are gone by now
-    model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
-    layout = adapter.layout(model)
+    with ranks.together():
+        sampler = load_scheduler(
+            checkpoint.config, Path(scheduler) if scheduler else checkpoint.scheduler_folder, adapter, reporter
+        )
+    given = ranks.lead(lambda: conditions_for(checkpoint, adapter, settings, conditions, reporter))
+
+    def started() -> tuple[dict[str, Any], Path | None]:
+        marks = {**fingerprint(checkpoint.fingerprint, sampler, given, settings), "dtype": dtype}
+        if work_for is None:
+            return marks, None
+        return marks, work_folder(Path(work_for).with_name(Path(work_for).name + ".calibration"), marks, restart)
+
+    marks, journal = ranks.lead(started)
+    with ranks.together():  # after the conditions: text encoders are gone by now
+        model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
+        layout = adapter.layout(model)
     statistics = collect(
-        model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter
-    )
+        model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter,
+        ranks=ranks,
+    )  # fmt: skip
     statistics.meta.update(marks)
-    if journal is not None:
+    if journal is not None and ranks.first:
         remove_work(journal)
     return statistics
 
@@ -166,8 +181,10 @@ def cached_statistics(
     reporter: Reporter,
     restart: bool = False,
     offload: str = "none",
+    ranks: Ranks = ALONE,
 ) -> Statistics:
-    """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones."""
+    """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones. Of several
+    processes the first one has them."""
     asked = {
         "model": checkpoint.fingerprint,
         "settings": asdict(settings),
@@ -177,21 +194,29 @@ def cached_statistics(
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
-    if folder.is_dir():
-        try:
-            found = load_statistics(folder)
-        except DitcompressError:
-            reporter.note("the cached statistics are damaged: calibrating again")
-        else:
-            reporter.note(f"statistics of an earlier run are used ({folder})")
-            return found
+    found = _cached(folder, reporter) if ranks.first else None
+    if ranks.agree(found is not None):
+        return found or Statistics({})
     statistics = _calibrate(
         checkpoint, settings, conditions, scheduler, device, dtype, reporter, work_for=folder, restart=restart,
-        offload=offload,
+        offload=offload, ranks=ranks,
     )  # fmt: skip
-    with output_folder(folder, overwrite=True) as partial:
-        save_statistics(partial, statistics)
+    if ranks.first:
+        with output_folder(folder, overwrite=True) as partial:
+            save_statistics(partial, statistics)
     return statistics
+
+
+def _cached(folder: Path, reporter: Reporter) -> Statistics | None:
+    if not folder.is_dir():
+        return None
+    try:
+        found = load_statistics(folder)
+    except DitcompressError:
+        reporter.note("the cached statistics are damaged: calibrating again")
+        return None
+    reporter.note(f"statistics of an earlier run are used ({folder})")
+    return found
 
 
 def scheduler_digest(folder: Path | None) -> str:

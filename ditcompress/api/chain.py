@@ -20,6 +20,7 @@ from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..loading import open_model
+from ..ranks import alone
 from ..recipe import Recipe, canonical, load_recipe
 from ..sections import Pruning
 from .compress import quantize
@@ -83,6 +84,7 @@ def run_recipe(
     The student of `distill` is what `prune` leaves, its teacher the original; `rules` quantize the result. A dry run
     says what would be pruned. Raises what the stages raise; E202 for a recipe that trains without a smaller model.
     """
+    alone(f"recipe {recipe.name}")
     reporter = reporter or Silent()
     path = Path(path)
     checkpoint, _ = open_model(path, allow_compressed=False)

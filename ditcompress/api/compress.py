@@ -23,16 +23,21 @@ from ..calibration.statistics import Statistics
 from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
+<<<<<<< HEAD
 from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
+=======
+from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
+from ..console import Reporter, Silent, speaks
+>>>>>>> ranks
 from ..errors import DitcompressError
-from ..evaluation.verdict import margins_of
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for, build_meta
 from ..models.base import Layout
 from ..plan import Plan
 from ..quantization import RecipeSteps, check_plan, choose, measures, needs
 from ..quantization._trained import Tuned
+from ..ranks import Ranks, joined
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
 from . import _bitsandbytes, _memory
@@ -88,6 +93,7 @@ class _Job:
     restart: bool
     max_shard_bytes: int
     reporter: Reporter
+    ranks: Ranks
 
 
 def quantize(
@@ -118,9 +124,10 @@ def quantize(
     that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
     with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
     for which the result is measured, and made once more when it falls short. `offload` "cpu" or "disk" bounds the
-    memory of the calibration by the largest linear; what runs the whole model otherwise is refused then.
+    memory of the calibration by the largest linear; what runs the whole model otherwise is refused then. Under
+    `accelerate launch` the other processes help to calibrate and end; theirs is a result without records.
     """
-    reporter = reporter or Silent()
+    reporter = reporter if reporter and speaks() else Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if chosen.staged:
         raise DitcompressError("E202", f"recipe {chosen.name}", "has stages", "call run_recipe, or `ditcompress prune`")
@@ -146,12 +153,16 @@ def quantize(
         return QuantizeResult(None, None, plan, original_bytes=size, memory_bytes=peak)
     _memory.tell(reporter, predict)
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.safetensors')}-{chosen.name}")
-    job = _Job(path, target, statistics, conditions, scheduler, seed, device, dtype, offload, overwrite, restart,
-               max_shard_bytes, reporter)  # fmt: skip
-    result = _write(job, chosen, checkpoint, layout, plan)
-    if (target_bits, target_size, target_db) == (None, None, None):
-        return result
-    return _verified(job, chosen, checkpoint, layout, plan, result, target_db)
+    with joined(pick_device(device)) as (ranks, place), ranks.together():
+        job = _Job(path, target, statistics, conditions, scheduler, seed, device if ranks.count == 1 else str(place),
+                   dtype, offload, overwrite, restart, max_shard_bytes, reporter, ranks)  # fmt: skip
+        if not ranks.first:
+            _statistics_for(plan, chosen, checkpoint, replace(job, reporter=Silent()))
+            return QuantizeResult(target, None, plan)
+        result = _write(job, chosen, checkpoint, layout, plan)
+        if (target_bits, target_size, target_db) == (None, None, None):
+            return result
+        return _verified(job, chosen, checkpoint, layout, plan, result, target_db)
 
 
 def _verified(
@@ -188,13 +199,12 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
         folder = partial / component
         folder.mkdir(exist_ok=True)
         writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
-        journal = None
+        journal, found = None, _statistics_for(plan, recipe, checkpoint, job)
         if recipe.backend == "bitsandbytes":
             outcome, config = _bitsandbytes.run(
                 checkpoint, layout, build_meta(checkpoint.config), plan, writer, job.reporter
             )
         else:
-            found = _statistics_for(plan, recipe, checkpoint, job)
             inputs = found.inputs if found else {}
             by = None
             parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
@@ -275,22 +285,32 @@ def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, 
 
 
 def _statistics_for(plan: Plan, recipe: Recipe, checkpoint: Checkpoint, job: _Job) -> Statistics | None:
-    """What the plan needs: nothing, the given statistics (checked), or cached or fresh ones."""
-    given = job.statistics
-    if isinstance(given, Statistics):
-        return given
-    if given is not None:
-        found = load_statistics(Path(given))
-        if found.meta.get("model") not in (None, checkpoint.fingerprint):
-            raise DitcompressError("E331", given, "these statistics belong to another checkpoint", "calibrate this one")
-        return found
-    if not needs(plan):
-        return None
-    settings = settings_of(recipe.calibration or Calibration(), job.seed)
-    return cached_statistics(
-        checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart,
-        job.offload,
-    )  # fmt: skip
+    """What the plan needs: nothing, the given statistics (checked), or cached or fresh ones.
+
+    The work that several processes share: all come here, the first one when it has a place for the result, and go
+    their own ways afterwards.
+    """
+    wanted = recipe.backend != "bitsandbytes"
+    found = _given(job.statistics, checkpoint) if wanted and job.ranks.first else None
+    if job.ranks.agree(wanted and found is None and bool(needs(plan))):
+        settings = settings_of(recipe.calibration or Calibration(), job.seed)
+        found = cached_statistics(
+            checkpoint, settings, job.conditions, job.scheduler, job.device, job.dtype, job.reporter, job.restart,
+            job.offload, job.ranks,
+        )  # fmt: skip
+    job.ranks.leave()
+    return found
+
+
+def _given(statistics: str | Path | Statistics | None, checkpoint: Checkpoint) -> Statistics | None:
+    """E331 for those of another checkpoint."""
+    if statistics is None or isinstance(statistics, Statistics):
+        return statistics
+    found = load_statistics(Path(statistics))
+    if found.meta.get("model") not in (None, checkpoint.fingerprint):
+        what = "these statistics belong to another checkpoint"
+        raise DitcompressError("E331", statistics, what, "calibrate this one")
+    return found
 
 
 def _quantize_module(
@@ -348,42 +368,3 @@ class _Memory:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor
-
-
-# --- facts for the command line --------------------------------------------------------------------------------------
-
-
-def quantize_facts(result: QuantizeResult) -> dict[str, Any]:
-    """A result as JSON values."""
-    return {
-        "path": str(result.path),
-        "bits_per_quantized_weight": result.bits,
-        "original_bytes": result.original_bytes,
-        "bytes": result.bytes,
-        "measured_db": result.measured_db,
-        "tradeoff": [asdict(point) for point in result.plan.curve],
-        "layers": [asdict(record) for record in result.records],
-    }
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Validate every step and format of a recipe without a model."""
-    from ..plan import LayerDecision
-
-    layers = []
-    for number, rule in enumerate(recipe.rules):
-        if rule.weight is not None and not rule.keep:
-            layers.append(
-                LayerDecision(
-                    "",
-                    "",
-                    rule.weight.spec(),
-                    steps=rule.steps,
-                    smooth=rule.smooth,
-                    rank=rule.rank,
-                    reason=f"rule {number + 1}",
-                )
-            )
-    check_plan(Plan(tuple(layers)))
-    judged = recipe.evaluation
-    margins_of(judged.profile if judged.profile != "auto" else "fidelity", judged.margins)

@@ -24,13 +24,13 @@ from ..distill.latents import Latents
 from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
 from ..distill.noising import Noising
-from ..distill.ranks import Ranks, joined
 from ..distill.settings import TRAJECTORIES, Options
 from ..distill.student import Student
 from ..distill.trainer import History, train
 from ..errors import DitcompressError
 from ..loading import load_model, open_model
 from ..models import adapter_for
+from ..ranks import Ranks, joined
 from ..recipe import Calibration
 from ..report.card import distilled_card
 from ._images import encoded, is_images, listing
@@ -164,25 +164,22 @@ def _places(
     run: _Run, target: Path, overwrite: bool, restart: bool, facts: Mapping[str, Any]
 ) -> Iterator[tuple[Path | None, Path]]:
     """Where the first process builds the result (None for others), and where all find the states of the training."""
-    pair, partial, journal, error = run.pair, None, Path(), None
+    pair, partial = run.pair, None
     with ExitStack() as stack:
-        if run.ranks.first:
-            try:
-                partial = stack.enter_context(output_folder(
-                    target, overwrite=overwrite, inputs=[pair.teacher.path, pair.student.path],
-                    planned_bytes=pair.student.total_bytes,
-                    manifest={"distill": run.options.model_dump(), "seed": run.options.seed,
-                              "input": facts["fingerprints"]},
-                ))  # fmt: skip
-                for checkpoint in (pair.teacher, pair.student):
-                    check_finite(checkpoint, run.reporter)
-                journal = work_folder(target, lowered(target, run.marks(facts)), restart)
-            except DitcompressError as caught:
-                error = caught
-        told = run.ranks.share(None if error is None else (error.code, error.where, error.what, error.remedy))
-        if told is not None:
-            raise error or DitcompressError(*told)
-        found = Path(run.ranks.share(journal))
+
+        def begun() -> Path:
+            nonlocal partial
+            partial = stack.enter_context(output_folder(
+                target, overwrite=overwrite, inputs=[pair.teacher.path, pair.student.path],
+                planned_bytes=pair.student.total_bytes,
+                manifest={"distill": run.options.model_dump(), "seed": run.options.seed,
+                          "input": facts["fingerprints"]},
+            ))  # fmt: skip
+            for checkpoint in (pair.teacher, pair.student):
+                check_finite(checkpoint, run.reporter)
+            return work_folder(target, lowered(target, run.marks(facts)), restart)
+
+        found = run.ranks.lead(begun)
         try:
             yield partial, found
         except BaseException:

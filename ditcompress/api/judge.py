@@ -17,6 +17,7 @@ from ..evaluation import compare
 from ..evaluation.digits import digits_folder
 from ..evaluation.quality import Sources
 from ..evaluation.settings import EvaluateSettings
+from ..ranks import Ranks, alone, joined
 from ..recipe import parse_recipe
 from .calibration import cache_folder, pick_device, pick_dtype, read_prompts
 from .compress import quantize
@@ -57,28 +58,42 @@ def evaluate(
 
     `settings` are fields of EvaluateSettings; `reference` are real images (folder, .npz, .safetensors), `weights` a
     folder of local weights for extractors and external metrics. Profile and margins that are not given are those of
-    the recipe. With `out`, an interrupted run keeps its finished images.
+    the recipe. With `out`, an interrupted run keeps its finished images. Under `accelerate launch` every process makes
+    its part of the images; the first one measures, writes and returns the report, the others return {}.
     """
+    pick_dtype(dtype)
+    with joined(pick_device(device)) as (ranks, place), ranks.together():
+        asked = EvaluateSettings(device=str(place), dtype=dtype, **_declared(Path(compressed), settings))
+        options: dict[str, Any] = {
+            "scheduler": Path(scheduler) if scheduler else None,
+            "conditions": Path(conditions) if conditions else None,
+            "prompts": read_prompts(prompts),
+            "sources": Sources(
+                Path(reference) if reference else None, Path(weights) if weights else None, cache_folder("extractors")
+            ),
+            "command": command,
+            "reporter": reporter if reporter and ranks.first else Silent(),
+            "ranks": ranks,
+        }
+        return _evaluate(Path(original), Path(compressed), out, asked, options, overwrite, ranks)
+
+
+def _evaluate(
+    first: Path, second: Path, out: str | Path | None, asked: EvaluateSettings, options: dict[str, Any],
+    overwrite: bool, ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    """The report's JSON, written to `out` where there is one; {} in a process that only helps."""
     from ..report.html import write_report  # matplotlib: not for other commands
 
-    pick_dtype(dtype)
-    asked = EvaluateSettings(device=str(pick_device(device)), dtype=dtype, **_declared(Path(compressed), settings))
-    options: dict[str, Any] = {
-        "scheduler": Path(scheduler) if scheduler else None,
-        "conditions": Path(conditions) if conditions else None,
-        "prompts": read_prompts(prompts),
-        "sources": Sources(
-            Path(reference) if reference else None, Path(weights) if weights else None, cache_folder("extractors")
-        ),
-        "command": command,
-        "reporter": reporter or Silent(),
-    }
-    first, second = Path(original), Path(compressed)
-    if out is None:
-        return compare.evaluate(first, second, asked, **options).result.to_json()
+    if out is None or not ranks.first:
+        ranks.agree(None)
+        found = compare.evaluate(first, second, asked, **options)
+        return {} if found is None else found.result.to_json()
     with output_folder(Path(out), overwrite=overwrite, inputs=[first, second]) as folder:
         work = work_folder(Path(out), _marks(first, second, asked, options))
+        ranks.agree(None)
         found = compare.evaluate(first, second, asked, work=work, **options)
+        assert found is not None
         result = found.result.to_json()
         write_report(folder, result, found.images)
     remove_work(work)
@@ -131,6 +146,7 @@ def demo(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """The main job on the embedded model: `out`/digits-RECIPE is the compressed pipeline, `out`/report the report."""
+    alone("demo")
     original, out = digits_folder(), Path(out)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "overwrite": True, "reporter": reporter}
     made = quantize(original, recipe, out / f"digits-{Path(recipe).stem}", seed=seed, **options)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,131 +23,23 @@ from torch import Tensor, nn
 from ..checkpoint.writer import save_atomic
 from ..console import Reporter, Silent
 from ..models.base import Layout
+from ..ranks import ALONE, Ranks
 from ..routed import everything_runs
 from ..runtime.moe import MoEFeedForward, routed_parts
+from .collector import CalibrationSettings as CalibrationSettings
+from .collector import Collector, Share
 from .conditions import Conditions
 from .idle import fill_idle
 from .sensitivity import token_weights
-from .statistics import InputStatistics, Statistics, flatten, keep_best, unflatten
+from .statistics import InputStatistics, Statistics, flatten, unflatten
 from .trajectory import Sampling, StepRecord, generator, prepare, sample
 
-GRAM_TOKENS = 2048  # tokens of one forward that enter a Gram matrix: far more than channels over a whole pass
-TOKENS_A_PASS = 64  # of one forward that enter a reservoir
 FISHER_IMAGES, FISHER_CHUNK = 8, 4  # images of a batch that get a backward pass, and how many at once
 STEP_OFFSETS = (0, -1, 1, -2, 2)
 SAVE_EVERY_S = 20.0
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """`policy`: "uniform" counts every step of slightly varied trajectories, "all" exactly the given steps, "normal"
-    the steps nearest to timesteps drawn from N(0.4 T, 0.4 T) for each image (PTQ4DM, section 3)."""
-
-    samples: int = 24
-    steps: int = 25
-    guidance: float | None = None
-    policy: Literal["uniform", "all", "normal"] = "uniform"
-    buckets: int = 8
-    reservoir: int = 1024
-    weighting: Literal["none", "fisher"] = "none"
-    labels: tuple[int, ...] = ()  # class labels in turn, of a class-conditional model; empty: all equally often
-    seed: int = 0
-    batch: int = 16
-    grams: bool = True
-
-
-class _Collector:
-    """Running statistics of every input, fed by forward hooks."""
-
-    def __init__(self, settings: CalibrationSettings) -> None:
-        self.settings = settings
-        self.inputs: dict[str, InputStatistics] = {}
-        self.similarity: dict[str, Tensor] = {}
-        self.bucket = 0
-        self.rows: Tensor | None = None  # images of the batch that count at this step; None: all
-        self.source = torch.Generator()
-        self.active = False
-
-    def begin(self, bucket: int, rows: Tensor | None, seed: int) -> None:
-        """What the next forward pass counts as."""
-        self.bucket, self.rows, self.active = bucket, rows, True
-        self.source.manual_seed(seed)
-
-    def see(self, key: str, x: Tensor) -> None:
-        """Take one input (batch, ..., K)."""
-        if not self.active:
-            return
-        if self.rows is not None and len(x) == len(self.rows):
-            x = x[self.rows]
-        tokens = x.detach().reshape(-1, x.shape[-1]).float()
-        if len(tokens) == 0:
-            return
-        update = self._one(tokens)
-        known = self.inputs.get(key)
-        self.inputs[key] = update if known is None else self._add(known, update)
-
-    def _one(self, tokens: Tensor) -> InputStatistics:
-        settings, channels = self.settings, tokens.shape[1]
-        low = torch.full((settings.buckets, channels), float("inf"))
-        high = torch.full((settings.buckets, channels), float("-inf"))
-        low[self.bucket], high[self.bucket] = tokens.amin(0).cpu(), tokens.amax(0).cpu()
-        offset = int(torch.randint(len(tokens), (1,), generator=self.source))
-        stride = max(1, len(tokens) // GRAM_TOKENS)
-        part = tokens[offset % stride :: stride]
-        scale = len(tokens) / len(part)
-        gram = None
-        if settings.grams and settings.weighting == "fisher":
-            gram = torch.zeros(channels, channels)  # filled by `weigh`
-        elif settings.grams:
-            with torch.autocast(tokens.device.type, enabled=False):  # a bfloat16 product would not be semidefinite
-                gram = ((part.T @ part) * scale).cpu()
-        quota = self._quota()
-        pick = torch.randint(len(tokens), (min(quota, TOKENS_A_PASS, len(tokens)),), generator=self.source)
-        return InputStatistics(
-            low, high, part.double().sum(0).cpu() * scale,
-            torch.tensor([float(scale * len(part))], dtype=torch.float64),
-            gram, tokens[pick].cpu(), torch.full((len(pick),), self.bucket, dtype=torch.int32),
-            torch.rand(len(pick), generator=self.source),
-        )  # fmt: skip
-
-    def weigh(self, key: str, x: Tensor, weight: Tensor) -> None:
-        """Add x^T diag(weight) x to the Gram matrix of an input (..., K) with token weights (...)."""
-        known = self.inputs.get(key)
-        if known is None or known.gram is None:
-            return
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        with torch.autocast(tokens.device.type, enabled=False):
-            scaled = tokens * weight.reshape(-1, 1).float()
-            known.gram.add_((tokens.T @ scaled).cpu())
-
-    def _quota(self) -> int:
-        return -(-self.settings.reservoir // self.settings.buckets)
-
-    def _add(self, known: InputStatistics, new: InputStatistics) -> InputStatistics:
-        """Both sets of tokens; the Gram matrix is added in place."""
-        b = self.bucket
-        known.low[b], known.high[b] = torch.minimum(known.low[b], new.low[b]), torch.maximum(known.high[b], new.high[b])
-        if known.gram is not None and new.gram is not None:
-            known.gram.add_(new.gram)
-        rows = keep_best(
-            torch.cat([known.reservoir, new.reservoir]),
-            torch.cat([known.reservoir_bucket, new.reservoir_bucket]),
-            torch.cat([known.priority, new.priority]),
-            self._quota(),
-        )
-        return InputStatistics(
-            known.low, known.high, known.total + new.total, known.tokens + new.tokens, known.gram, *rows
-        )
-
-    def see_block(self, block: str, x: Tensor, y: Tensor) -> None:
-        """Cosine similarity of a block's input and output, averaged over tokens, summed by bucket with a count."""
-        if self.active and x.shape == y.shape:
-            table = self.similarity.setdefault(block, torch.zeros(self.settings.buckets, 2, dtype=torch.float64))
-            value = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).mean().double().cpu()
-            table[self.bucket] += torch.stack([value, torch.ones_like(value)])
-
-
-def _attach(model: nn.Module, layout: Layout, collector: _Collector) -> list[Any]:
+def _attach(model: nn.Module, layout: Layout, collector: Collector) -> list[Any]:
     """Hooks on one reader of every input key (on all where they see different tokens), and on every block."""
 
     def input_hook(key: str) -> Callable[..., None]:
@@ -184,26 +76,35 @@ def collect(
     *,
     journal: Path | None = None,
     reporter: Reporter | None = None,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of `settings.samples` trajectories. With a journal folder an interrupted pass goes on where it was
-    last saved, with the same result to the bit."""
-    run = _Run(model, adapter, config, scheduler, conditions, settings, layout)
+    last saved, with the same result to the bit.
+
+    Of several processes each runs its images of every batch, and the first one has the result (the others: empty
+    statistics), equal to that of one process but for rounding. It saves for all, so that a pass may go on with another
+    number of processes; a failure of one is raised in all at the end of the batch.
+    """
+    run = _Run(model, adapter, config, scheduler, conditions, settings, layout, ranks)
     batches = run.batches()
-    done = run.restore(journal)
+    done = ranks.lead(lambda: run.restore(journal))
     handles = _attach(model, layout, run.collector)
     saved = time.monotonic()
     try:
         with (reporter or Silent()).task("calibrate", sum(steps for _, steps in batches)) as advance:
             advance(sum(steps for _, steps in batches[:done]))
             for number in range(done, len(batches)):
-                run.batch(number, *batches[number], advance)
-                if journal is not None and time.monotonic() - saved > SAVE_EVERY_S and number + 1 < len(batches):
+                with ranks.together():
+                    run.batch(number, *batches[number], advance)
+                late = time.monotonic() - saved > SAVE_EVERY_S and number + 1 < len(batches)
+                if ranks.agree(journal is not None and late):
                     run.save(journal, number + 1)
                     saved = time.monotonic()
     finally:
         for handle in handles:
             handle.remove()
-    return run.result()
+    run.collector.merge(ranks)
+    return run.result() if ranks.first else Statistics({}, {}, run.meta())
 
 
 @dataclass
@@ -215,9 +116,10 @@ class _Run:
     conditions: Conditions
     settings: CalibrationSettings
     layout: Layout
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.collector = _Collector(self.settings)
+        self.collector = Collector(self.settings)
         self.timesteps: list[list[float]] = []
         self.range = float(self.scheduler.config.get("num_train_timesteps", 1000))
         given = self.settings.guidance
@@ -239,18 +141,22 @@ class _Run:
     def batch(self, number: int, images: list[int], steps: int, advance: Callable[[int], None]) -> None:
         """One batch along its trajectory. The trajectory is recorded by a hook that runs before each forward, so the
         statistics are those of the forward passes that really happen."""
+        places = self.ranks.own(range(len(images)))
         sampling = Sampling(steps, self.guidance, self.settings.seed, self.settings.batch)
         plan = _Steps(self, images, steps, number)
         self.timesteps.append(plan.times)
-        plan.begin(0)
+        if not places:
+            return
+        share = None if self.ranks.count == 1 else self.share(places, len(images))
+        plan.begin(0, share)
 
         def on_step(record: StepRecord) -> None:
             if self.settings.weighting == "fisher":
                 rows = None if plan.rows is None else plan.rows[record.index]
-                self.weigh(record, images, rows, plan.seed(record.index))
+                self.weigh(record, images, places, rows, plan.seed(record.index))
             advance(1)
             if record.index + 1 < len(plan.times):
-                plan.begin(record.index + 1)
+                plan.begin(record.index + 1, share)
 
         try:
             sample(
@@ -260,32 +166,49 @@ class _Run:
                 self.scheduler,
                 self.conditions,
                 sampling,
-                indices=images,
+                indices=[images[place] for place in places],
                 on_step=on_step,
             )
         finally:
             self.collector.active = False
 
-    def weigh(self, record: StepRecord, images: list[int], rows: Tensor | None, seed: int) -> None:
+    @property
+    def guided(self) -> bool:
+        return self.conditions.null is not None and self.guidance != 1
+
+    def share(self, places: Sequence[int], size: int) -> Share:
+        """The rows of these places in a batch of `size`, conditional branch first."""
+        rows = torch.tensor(places)
+        return Share(torch.cat([rows, rows + size]), 2 * size) if self.guided else Share(rows, size)
+
+    def weigh(
+        self, record: StepRecord, images: list[int], places: Sequence[int], rows: Tensor | None, seed: int
+    ) -> None:
         """Add this step's sensitivity-weighted Gram matrices, a few images at a time; `rows` (len(images),) are those
-        that count at this step, None all."""
+        that count at this step, None all; `places` those that this process runs."""
         self.collector.active = False
-        guided = self.conditions.null is not None and self.guidance != 1
         counted = list(range(len(images))) if rows is None else rows.nonzero().flatten().tolist()
         for start in range(0, min(len(counted), FISHER_IMAGES), FISHER_CHUNK):
-            few = counted[start : start + FISHER_CHUNK]
+            chunk = counted[start : start + FISHER_CHUNK]
+            few = [place for place in chunk if place in places]
+            if not few:
+                continue
             given = self.conditions.take([images[place] for place in few])
-            latents = record.model_input[few]
+            latents = record.model_input[[places.index(place) for place in few]]
             cond = dict(given.cond)
-            if guided and given.null is not None:
+            if self.guided and given.null is not None:
                 cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
                 latents = torch.cat([latents, latents])
             timestep = record.timestep.to(latents.device).expand(len(latents))
-            self._weigh(latents, timestep, cond, seed + start)
+            among = None if len(few) == len(chunk) else self.share([chunk.index(place) for place in few], len(chunk))
+            self._weigh(latents, timestep, cond, seed + start, among)
 
-    def _weigh(self, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor], seed: int) -> None:
+    def _weigh(
+        self, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor], seed: int, among: Share | None
+    ) -> None:
         """Of a few images; all their inputs are dropped before the next ones are run."""
-        found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed)
+        rows = None if among is None else (among.rows, among.size)
+        found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed, rows)
         for key, parts in found.items():
             for x, weight in parts:
                 self.collector.weigh(key, x, weight)
@@ -304,7 +227,7 @@ class _Run:
         if not wanted or not routed:
             return
         main, times = self.collector, list(self.timesteps)
-        self.collector = _Collector(self.settings)
+        self.collector = Collector(self.settings)
         handles = _attach(self.model, self.layout, self.collector)
         try:
             with everything_runs(self.model):
@@ -316,6 +239,7 @@ class _Run:
         main.inputs.update({key: value for key, value in extra.items() if key in wanted})
 
     def result(self) -> Statistics:
+        self.ranks = ALONE  # one process fills in what is missing
         self.complete()
         fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
@@ -324,10 +248,17 @@ class _Run:
             value
         ) in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
             _fill_empty(value)
-        meta = {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps}
-        return Statistics(inputs, blocks, meta)
+        return Statistics(inputs, blocks, self.meta())
 
-    def save(self, journal: Path, done: int) -> None:
+    def meta(self) -> dict[str, Any]:
+        return {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps}
+
+    def save(self, journal: Path | None, done: int) -> None:
+        """The first process's state is that of all; the others go on with nothing."""
+        self.collector.merge(self.ranks)
+        self.ranks.lead(lambda: None if journal is None else self._save(journal, done))
+
+    def _save(self, journal: Path, done: int) -> None:
         part = Statistics(self.collector.inputs, self.collector.similarity)
         save_atomic(journal / "state.safetensors", flatten(part), {"done": done, "timesteps": self.timesteps})
 
@@ -365,13 +296,12 @@ class _Steps:
         nearest = (drawn[:, None] - times[None]).abs().argmin(1)
         return [nearest == index for index in range(len(times))]
 
-    def begin(self, index: int) -> None:
+    def begin(self, index: int, share: Share | None) -> None:
         run, timestep = self.run, self.times[index]
         rows = None
         if self.rows is not None:
-            guided = run.conditions.null is not None and run.guidance != 1
-            rows = self.rows[index].repeat(2) if guided else self.rows[index]
-        run.collector.begin(run.bucket(index, len(self.times), timestep), rows, self.seed(index))
+            rows = self.rows[index].repeat(2) if run.guided else self.rows[index]
+        run.collector.begin(run.bucket(index, len(self.times), timestep), rows, self.seed(index), share)
 
     def seed(self, index: int) -> int:
         """A seed of its own for every batch and step."""

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models import build_meta
 from ..models.base import Layout
-from .collect import FISHER_CHUNK, GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
+from .collect import FISHER_CHUNK
+from .collector import GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
 
 ONE_ROW = ("modulation", "time_embedding")  # roles that see one row a sample
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]

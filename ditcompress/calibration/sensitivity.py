@@ -91,13 +91,18 @@ def token_weights(
     timestep: Tensor,
     cond: Mapping[str, Tensor],
     seed: int,
+    among: tuple[Tensor, int] | None = None,
 ) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
-    """Inputs and weights of every linear at latents (n, ...); one forward and one backward pass."""
+    """Inputs and weights of every linear at latents (n, ...); one forward and one backward pass.
+
+    `among`: the latents are these rows (n,) of so many, and their directions are those they have there.
+    """
     generator = torch.Generator().manual_seed(seed)
     with frozen(model), torch.enable_grad(), TokenWeights(model, layout) as found:
         output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond).float()
         flat = output.flatten(1)
-        direction = torch.randn(flat.shape, generator=generator).to(flat.device)
+        rows, size = (slice(None), len(flat)) if among is None else among
+        direction = torch.randn(size, flat.shape[1], generator=generator)[rows].to(flat.device)
         loss = (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum()
         loss.backward()
         return found.pairs()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -17,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import Silent, Terminal, interrupt, print_error, print_json
-from ..errors import DitcompressError, printable
+from ..console import Silent, Terminal, interrupt, print_error, print_json, speaks
+from ..errors import TOLD, DitcompressError, as_ours, printable
 
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -64,11 +63,14 @@ def report_failure(error: BaseException, as_json: bool, debug: bool) -> int:
     if debug and not isinstance(error, (KeyboardInterrupt, SystemExit)):
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print_error("interrupted: run the same command again to go on")
+        if speaks():
+            print_error("interrupted: run the same command again to go on")
         return 130
     if isinstance(error, SystemExit):
         return int(error.code or 0)
-    known = _as_ours(error)
+    known = as_ours(error)
+    if not speaks() and (known is not None or hasattr(error, TOLD)):  # the first process has the same to say
+        return 1 if known is None else known.exit_code
     if known is not None:
         _print_known(known, as_json)
         return known.exit_code
@@ -86,27 +88,9 @@ def _print_known(error: DitcompressError, as_json: bool) -> None:
         print_error(error.line())
 
 
-def _as_ours(error: BaseException) -> DitcompressError | None:
-    """Failures of the machine as errors of ours."""
-    if isinstance(error, DitcompressError):
-        return error
-    if (
-        isinstance(error, MemoryError)
-        or "OutOfMemoryError" in type(error).__name__
-        or "can't allocate memory" in str(error)
-    ):
-        return DitcompressError(
-            "E602", "memory", "there is not enough of it", "lower calibration.samples or use a smaller --batch"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DitcompressError("E601", error.filename or "output", "the disk is full", "free some space")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return DitcompressError("E603", error.filename or "output", "permission denied", "choose another folder")
-    return None
-
-
 def _terminated(*_: Any) -> None:
-    print_error("terminated: run the same command again to go on")
+    if speaks():
+        print_error("terminated: run the same command again to go on")
     interrupt(SystemExit(143))
 
 
@@ -136,7 +120,9 @@ def not_staged(offload: str) -> None:
 
 
 def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
-    """`value` as JSON, or what `show` prints."""
+    """`value` as JSON, or what `show` prints; of several processes the first one speaks."""
+    if not speaks():
+        return
     if as_json:
         print_json(value)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +71,8 @@ def distill(
             conditions=conditions, scheduler=scheduler, seed=seed, device=device, dtype=dtype, overwrite=overwrite,
             restart=restart, dry_run=dry_run, reporter=common.reporter(quiet, as_json),
         )  # fmt: skip
-        if os.environ.get("RANK", "0") == "0":  # one of the processes speaks
-            facts: dict[str, Any] = {"path": None if result.path is None else str(result.path), **result.facts}
-            common.emit(as_json, facts, lambda: _show(result))
+        facts: dict[str, Any] = {"path": None if result.path is None else str(result.path), **result.facts}
+        common.emit(as_json, facts, lambda: _show(result))
 
 
 def _show(result: DistillResult) -> None:

@@ -69,8 +69,9 @@ def evaluate(
             reference=reference, weights=weights_dir, overwrite=overwrite, command=command_line(),
             reporter=common.reporter(quiet, as_json), **options,
         )  # fmt: skip
-        common.emit(as_json, result, lambda: show(result, out))
-        leave(result, gate)
+        if result:  # one of several processes has it
+            common.emit(as_json, result, lambda: show(result, out))
+            leave(result, gate)
 
 
 def leave(result: dict[str, Any], gate: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..calibration.conditions import Conditions
 from ..calibration.trajectory import Sampling, StepRecord, generator, sample
 from ..console import Reporter, Silent
-from .ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks
 
 EVERY = slice(None)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DitcompressError
+from ..ranks import ALONE, Ranks
 from .data import Batch, Data
 from .lora import Adapters
 from .losses import FEATURES, BlockOutputs, output_loss
 from .matching import Pairs
-from .ranks import ALONE, Ranks
 from .trainer import Plain
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
-from .ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks
 from .settings import Settings
 
 Log = Callable[[int, float, float], None]  # step, loss, learning rate

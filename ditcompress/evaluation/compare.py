@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import __version__, bnb
 from ..console import Reporter, Silent
+from ..ranks import ALONE, Ranks
 from ..result import Measurement, Result
 from . import cost, denoiser, integrity, latency, layers, paired
 from .quality import Findings, Sources, find_tools, measure_quality
@@ -46,36 +47,59 @@ def evaluate(
     work: Path | None = None,
     command: str = "",
     reporter: Reporter | None = None,
-) -> Evaluation:
+    ranks: Ranks = ALONE,
+) -> Evaluation | None:
     """Compare `compressed` with `original`. Raises E340 where they are not versions of one model, E203 for a profile or
     margin that is not known; a metric that cannot run is listed as skipped with its reason.
 
-    Images are kept in `work`, so that an interrupted run continues; without it they live in a temporary folder.
+    Images are kept in `work`, so that an interrupted run continues; without it they live in a temporary folder. Of
+    several processes the first one has the result; the others help with what is sampled and give None.
     """
     settings, reporter = settings or EvaluateSettings(), reporter or Silent()
-    subject = open_subject(
-        original, compressed, settings, scheduler=scheduler, conditions=conditions, prompts=prompts, reporter=reporter
-    )
+    with ranks.together():
+        subject = open_subject(
+            original, compressed, settings, scheduler=scheduler, conditions=conditions, prompts=prompts,
+            reporter=reporter,
+        )  # fmt: skip
+    if not ranks.first:
+        _help(subject, ranks)
+        return None
     place: AbstractContextManager[Any] = tempfile.TemporaryDirectory() if work is None else nullcontext(work)
     with place as folder:
-        return judge(subject, Path(folder), sources or Sources(), command=command, reporter=reporter)
+        return judge(subject, Path(folder), sources or Sources(), command=command, reporter=reporter, ranks=ranks)
+
+
+def _help(subject: Subject, ranks: Ranks) -> None:
+    """What `judge` shares, in its order."""
+    ranks.agree(None)
+    denoiser.probe(subject, Silent(), ranks)
+    count = ranks.agree(0)
+    image_sets(subject, Path(), count, subject.settings.fresh, Silent(), ranks)
+    ranks.agree(None)
+    ranks.leave()
 
 
 def named_profile(settings: EvaluateSettings, pixels: bool) -> str:
     return settings.profile if settings.profile != "auto" else "fidelity" if pixels else "fidelity-latent"
 
 
-def judge(subject: Subject, folder: Path, sources: Sources, *, command: str, reporter: Reporter) -> Evaluation:
-    """All tiers on two loaded models; images go to `folder`."""
+def judge(
+    subject: Subject, folder: Path, sources: Sources, *, command: str, reporter: Reporter, ranks: Ranks = ALONE
+) -> Evaluation:
+    """All tiers on two loaded models; images go to `folder`. Other processes `_help` to sample, then go."""
     settings = subject.settings
     profile = named_profile(settings, subject.pixels)
     margins = margins_of(profile, settings.margins)
     fresh = integrity.fresh_processes(subject) if settings.fresh_process else {}
     found_layers = layers.compare_layers(subject)
-    probes = denoiser.probe(subject, reporter)
+    ranks.agree(None)
+    probes = denoiser.probe(subject, reporter, ranks)
     tools = find_tools(subject, sources, reporter)
     count = max(settings.pairs, settings.image_count if tools.extractor is not None else 0)
-    sets = image_sets(subject, folder, count, settings.fresh, reporter)
+    ranks.agree(count)
+    sets = image_sets(subject, folder, count, settings.fresh, reporter, ranks)
+    ranks.agree(None)
+    ranks.leave()
     peak = paired.data_range(sets["original"], subject.makes_images)
     pairs = paired.Pairs(sets["original"], sets["compressed"], peak, settings.pairs)
     values = paired.compare_pairs(pairs)

@@ -19,6 +19,7 @@ from ..calibration.schedulers import sampler_weights
 from ..calibration.trajectory import StepRecord, prepare
 from ..console import Reporter
 from ..measures import ratio_db
+from ..ranks import ALONE, Ranks
 from ..result import Measurement
 from .intervals import bca_interval
 from .subject import Subject
@@ -47,43 +48,64 @@ def probed_steps(total: int, wanted: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(wanted, total))})
 
 
-def probe(subject: Subject, reporter: Reporter) -> dict[str, Probe]:
-    """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch."""
+def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> dict[str, Probe]:
+    """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch.
+
+    Of several processes each runs its images of every batch, and the first one has the result (the others: nothing)."""
     settings = subject.settings
     ready = partial(prepare, subject.scheduler, settings.steps, subject.adapter, subject.config)
     times, weights = sampler_weights(subject.scheduler, settings.steps, ready)
     chosen = probed_steps(len(times), settings.timesteps)
     images = max(1, math.ceil(settings.inputs / len(chosen)))
     branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])
-    rows: dict[str, list[list[Tensor]]] = {branch: [[] for _ in chosen] for branch in branches}
-    shifts: dict[str, list[list[float]]] = {branch: [] for branch in branches}
+    tables: list[Tensor] = []  # a batch each: (inputs, branches, steps, 7)
     with reporter.task("denoiser (T2)", images) as advance:
         size = subject.sampling().batch
         for start in range(0, images, size):
             indices = list(range(start, min(start + size, images)))
-            records: dict[int, StepRecord] = {}
-
-            def keep(record: StepRecord, records: dict[int, StepRecord] = records) -> None:
-                if record.index in chosen:
-                    records[record.index] = record
-
-            subject.sample(subject.original, indices, on_step=keep)
-            for place, step in enumerate(chosen):
-                for branch in branches:
-                    rows[branch][place].append(_errors(subject, records[step], indices, branch))
-                    if start == 0:
-                        shifts[branch].append(_shifted(subject, records[step], indices[:SHIFTED], branch))
+            with ranks.together():
+                own = ranks.own(indices)
+                made = _of_images(subject, own, chosen, branches) if own else None
+            table = ranks.undealt(made)
+            if table is not None:
+                tables.append(table)
             advance(len(indices))
+    if not ranks.first:
+        return {}
     return {
         branch: Probe(
             chosen,
             [times[step] for step in chosen],
             weights[chosen],
-            *_columns(found),
-            np.array(shifts[branch]),
+            *_columns([[table[:, place, step] for table in tables] for step in range(len(chosen))]),
+            _mean_shifts(tables[0][:SHIFTED, place, :, 4:]),
         )
-        for branch, found in rows.items()
+        for place, branch in enumerate(branches)
     }
+
+
+def _of_images(subject: Subject, indices: list[int], chosen: list[int], branches: list[str]) -> Tensor:
+    """(inputs, branches, steps, 7) on the CPU: the columns of `_errors` and, for the first images, of `_shifted`."""
+    records: dict[int, StepRecord] = {}
+
+    def keep(record: StepRecord) -> None:
+        if record.index in chosen:
+            records[record.index] = record
+
+    subject.sample(subject.original, indices, on_step=keep)
+    few = [index for index in indices if index < SHIFTED]
+    table = torch.full((len(indices), len(branches), len(chosen), 7), math.nan, dtype=torch.float64)
+    for step, number in enumerate(chosen):
+        for place, branch in enumerate(branches):
+            table[:, place, step, :4] = _errors(subject, records[number], indices, branch)
+            if few:
+                table[: len(few), place, step, 4:] = _shifted(subject, records[number], few, branch)
+    return table
+
+
+def _mean_shifts(table: Tensor) -> np.ndarray:
+    """(steps, 3) means of `_shifted` values (inputs, steps, 3)."""
+    return np.array([[float(column.contiguous().mean()) for column in step.T] for step in table.unbind(1)])
 
 
 def _columns(found: list[list[Tensor]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -105,8 +127,8 @@ def _errors(subject: Subject, record: StepRecord, indices: list[int], branch: st
     return torch.stack([noise, signal, dot, cosine], 1)
 
 
-def _shifted(subject: Subject, record: StepRecord, indices: list[int], branch: str) -> list[float]:
-    """Mean relative error of the compressed prediction against the original at timestep - 1, + 0 and + 1."""
+def _shifted(subject: Subject, record: StepRecord, indices: list[int], branch: str) -> Tensor:
+    """(inputs, 3): relative error of the compressed prediction against the original at timestep - 1, + 0 and + 1."""
     index, last = torch.tensor(indices), float(subject.scheduler.config.get("num_train_timesteps", 1000)) - 1
     latents, time = record.model_input[: len(indices)], float(record.timestep)
 
@@ -114,13 +136,12 @@ def _shifted(subject: Subject, record: StepRecord, indices: list[int], branch: s
         timestep = torch.full((len(indices),), at).to(record.timestep.dtype)
         return subject.predict(model, latents, timestep, index, branch == "null").double().flatten(1)
 
-    output, found = predict(subject.compressed, time), []
-    for shift in (-1, 0, 1):
-        if not 0 <= time + shift <= last:
-            found.append(math.nan)
-            continue
-        reference = predict(subject.original, time + shift)
-        found.append(float(((output - reference).square().sum(1) / reference.square().sum(1)).mean()))
+    output = predict(subject.compressed, time)
+    found = torch.full((len(indices), 3), math.nan, dtype=torch.float64)
+    for column, shift in enumerate((-1, 0, 1)):
+        if 0 <= time + shift <= last:
+            reference = predict(subject.original, time + shift)
+            found[:, column] = (output - reference).square().sum(1) / reference.square().sum(1)
     return found
 
 

@@ -54,12 +54,17 @@ class ImageSet:
                 found.append(file.get_slice("images")[index - start])
         return found
 
+    def missing(self) -> list[int]:
+        """Starts of the chunks that are not there yet."""
+        return [start for start in self.starts if stored_count(self.path(start)) < len(self.indices(start))]
+
     def fill(self, make: Callable[[list[int]], Tensor], advance: Callable[[int], None]) -> ImageSet:
         """Make the chunks that are not there yet; `make` gives the images of some indices."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        missing = set(self.missing())
         for start in self.starts:
             wanted = self.indices(start)
-            if stored_count(self.path(start)) < len(wanted):
+            if start in missing:
                 path = self.path(start)
                 save_file({"images": make(wanted).float().contiguous()}, f"{path}.part")
                 os.replace(f"{path}.part", path)
