@@ -23,13 +23,8 @@ from ..calibration.statistics import Statistics
 from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-<<<<<<< HEAD
 from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
-from ..console import Reporter, Silent
-=======
-from ..checkpoint.writer import ShardWriter, copy_pipeline, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent, speaks
->>>>>>> ranks
 from ..errors import DitcompressError
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for, build_meta
