@@ -118,12 +118,14 @@ def test_entries_that_fit_no_attention_are_refused(tiny_dit: Path) -> None:
         assert caught.value.code == "E320" and "4 heads" in caught.value.line()
 
 
-def test_joint_attentions_have_no_heads_to_route() -> None:
+def test_single_blocks_of_flux_and_fused_projections_have_no_heads_to_route() -> None:
     model = families.get("flux").tiny()
-    layout = families.get("flux").layout(model)
-    method = mixture.method_of("moh")
+    layout, method = families.get("flux").layout(model), mixture.method_of("moh")
+    numbers, params = mixture.Numbers(None, None, None), method.Params()
+    assert list(method.routed(model, layout, numbers, params, {})) == ["transformer_blocks.0.attn"]
+    model.transformer_blocks[0].attn.fused_projections = True  # type: ignore[union-attr]
     with pytest.raises(DitcompressError) as caught:
-        method.routed(model, layout, mixture.Numbers(None, None, None), method.Params(), {})
+        method.routed(model, layout, numbers, params, {})
     assert caught.value.code == "E205"
 
 
