@@ -21,10 +21,11 @@ from ..models.base import Layout
 from ..routed import RoutedPart
 from ..runtime.blocks import BlockRouter
 from ..runtime.heads import GroupRouter, HeadRouter
-from ..runtime.moe import Routed, Router, Routing, balance_loss, routed_parts
+from ..runtime.moe import MoEFeedForward, Routed, Router, Routing, balance_loss, routed_parts
 from ..runtime.task_mask import TaskMask
 from ._blocks import outside_groups
 from ._prior import STEPS, prior_loss
+from ._stages import Name, parts_of
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ class Weights:
 
 class Experts(Imitating):
     """The training task: the student is the dense model with routed parts, trained in place. These are trained, and
-    what they route: attentions whose heads are, blocks of a group."""
+    what they route: attentions whose heads are, blocks of a group. In a `stage` before the last (mixture/_stages.py)
+    only parts of the feed-forwards are; its batches are those of steps from `start` on."""
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Data, weights: Weights, batch: int,
-        routed: Mapping[str, RoutedPart] | None = None,
+        routed: Mapping[str, RoutedPart] | None = None, stage: Name = "all", start: int = 0,
     ) -> None:  # fmt: skip
-        blocks = outside_groups(layout, routed or {})
+        self.parts, self.start = parts_of(stage), start
+        blocks = outside_groups(layout, routed or {}) if self.parts is None else layout.blocks
         super().__init__(teacher, student, data, batch, blocks if weights.features else ())
         self.weights = weights
         self.layers = routed_parts(student)
@@ -73,8 +76,11 @@ class Experts(Imitating):
     def parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
-            for owner in _trained_with(path, layer):
+            for owner in _trained_with(path, layer) if self.parts is None else ():
                 found |= self._inside(owner)
+            if self.parts is not None and isinstance(layer, MoEFeedForward):
+                starts = tuple(f"{path}.{part}" for part in self.parts)
+                found |= {name: tensor for name, tensor in self._inside(path).items() if name.startswith(starts)}
         return found
 
     def _inside(self, path: str) -> dict[str, Tensor]:
@@ -97,13 +103,13 @@ class Experts(Imitating):
         weights = self.weights
         for found in self.routings.values():
             found.clear()
-        output, features = self.compare(step, part)
+        output, features = self.compare(self.start + step, part)
         loss = weights.output * output + weights.features * features
         if self.task is not None:
             loss = loss + weights.task * self.task
-        for found in self.routings.values() if weights.balance else ():
-            if not found:  # nothing is routed: all active, or none
-                continue
+        for kind, found in self.routings.items() if weights.balance else ():
+            if not found or (self.parts is not None and kind is not MoEFeedForward):
+                continue  # nothing is routed (all active, or none), or not yet
             every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in found])
             loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())
         if self.masks and weights.prior:
