@@ -4,12 +4,12 @@
     python benchmarks/moe_recovery.py --ways moe-best width --set training.balance=0.03
 
 "moe-best" and the other methods of feed-forwards: half of the neurons of every feed-forward active, trained as
-`moe --distill-steps` trains. "width": `prune --width-units neurons --width-method obs-diff` down to at least the active
-parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps and
-batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy, and
-Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert of
-all layers in % of an even one. Rows go to `--rows` as they come, and what is there already is not run again; the table
-has means over seeds and half widths of 95 % intervals (Student's t).
+`moe --distill-steps` trains with RECIPE. "width": `prune --width-units neurons --width-method obs-diff` down to the
+active parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps
+and batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy,
+and Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert
+of all layers in % of an even one. Rows go to `--rows` as they come, and what is there already is not run again; the
+table has means over seeds and half widths of 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from ditcompress.evaluation.digits import digits_folder
 from ditcompress.measures import ratio_db
 
 WIDTH = "width"
+# Of the experts' training, before what --set says: all of the model learns, as all of the narrower one does.
+RECIPE = ("training.everything=true", "training.ema=0.99", "training.features=0.1", "training.balance=0.003",
+          "training.router_rate=0.0005")  # fmt: skip
 
 
 class Duel:
@@ -47,7 +50,7 @@ class Duel:
         self.bench = Bench(options.model, options.images, None, options.loss)
         self.numbers = {name: getattr(options, name) for name in ("experts", "shared", "active")}
         self.known = dict(self.numbers, steps=options.steps, batch=options.batch, images=options.images,
-                          set=sorted(options.set))  # fmt: skip
+                          set=[*RECIPE, *options.set])  # fmt: skip
 
     def judged(self, model: nn.Module) -> dict[str, float]:
         bench = self.bench
@@ -65,7 +68,7 @@ class Duel:
 
     def experts(self, method: str, seed: int, steps: int) -> dict[str, Any]:
         """The facts of `moe`, with its "model"."""
-        given = [f"training.batch={self.options.batch}", "images=0", "probe=8", *self.options.set]
+        given = [f"training.batch={self.options.batch}", "images=0", "probe=8", *self.known["set"]]
         return api.moe(self.bench.by.model, method=method, seed=seed, distill_steps=steps, overrides=given,
                        **self.numbers)  # fmt: skip
 

@@ -199,6 +199,7 @@ def _distilled(
     weights = Weights(
         output=wanted.output, features=wanted.features, balance=wanted.balance, router_rate=wanted.router_rate,
         shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
+        everything=wanted.everything,
     )  # fmt: skip
     trained: set[str] = set()
     losses: dict[str, tuple[float, ...]] = {}

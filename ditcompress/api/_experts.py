@@ -29,7 +29,8 @@ class ExpertTraining(Training):
     learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
     averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of
     switch-dit, `task` that of real data. `stages`: shares of the steps that train shared experts, routed ones, and
-    everything (by default as the method does: all steps everything, but for dense2moe-mob)."""
+    all that learns (by default as the method does: all steps the last, but for dense2moe-mob). `everything`: in the
+    last stage the whole model learns, not its routed parts alone."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
@@ -39,6 +40,7 @@ class ExpertTraining(Training):
     balance_over: Literal["mean", "sum"] | None = None
     prior: float = Field(1.0, ge=0)
     task: float = Field(1.0, ge=0)
+    everything: bool = False
     stages: tuple[NonNegative, NonNegative, NonNegative] | None = None
 
     @field_validator("stages")

@@ -32,7 +32,8 @@ from ._stages import Name, parts_of
 class Weights:
     """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
     losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks,
-    `task` the diffusion loss where the data are real."""
+    `task` the diffusion loss where the data are real. `everything`: all of the model learns, not its routed parts
+    alone."""
 
     output: float = 1.0
     features: float = 1.0
@@ -42,6 +43,7 @@ class Weights:
     balance_over: Literal["mean", "sum"] = "mean"
     prior: float = 1.0
     task: float = 1.0
+    everything: bool = False
 
 
 class Experts(Imitating):
@@ -74,6 +76,8 @@ class Experts(Imitating):
         return {id(m.time): m.time.at(torch.arange(STEPS, device=device)) for m in self.masks}
 
     def parameters(self) -> dict[str, Tensor]:
+        if self.weights.everything and self.parts is None:
+            return self._inside("")
         found: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
             for owner in _trained_with(path, layer) if self.parts is None else ():
@@ -92,7 +96,7 @@ class Experts(Imitating):
                 found |= {f"{start}.{stored}": getattr(part, stored) for stored in part.STORED}
         for name, parameter in module.named_parameters():
             if self.weights.shared or not name.startswith("shared."):
-                found[f"{path}.{name}"] = parameter
+                found[".".join(filter(None, (path, name)))] = parameter
         return found
 
     def rates(self) -> dict[str, float]:

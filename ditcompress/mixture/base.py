@@ -81,7 +81,7 @@ class Split:
     @property
     def order(self) -> list[int]:
         """All neurons: those of the shared expert first, then of each expert; of copies each once."""
-        return list(dict.fromkeys(int(i) for i in torch.cat([self.shared, *self.experts])))
+        return list(dict.fromkeys(torch.cat([self.shared, *self.experts]).tolist()))
 
 
 def method_of(name: str) -> ModuleType:

@@ -90,6 +90,9 @@ def test_every_stage_trains_its_own_parts(dense: Path, tmp_path: Path) -> None:
     third = learnt(dense, tmp_path / "3", "[0,0,1]")
     kinds = (".ff.shared.", ".ff.experts.", ".ff.router.", ".block_router.", ".attn1.", ".norm1.")
     assert all(any(kind in name for name in third) for kind in kinds)
+    assert not any(name.startswith("proj_out") for name in third)
+    whole = learnt(dense, tmp_path / "4", "[0,0,1]", "training.everything=true")
+    assert third < whole and any(name.startswith("proj_out") for name in whole)
 
 
 def test_what_a_stage_leaves_out_does_not_run_and_is_back_after_it(dense: Path, tmp_path: Path) -> None:
