@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from ditcompress.report import plots
 
-LOOKED_AT = {"test_dit_moe": ("heat_map", "stage_losses"), "test_stages": ("stage_losses",)}
+HEAT_MAP = plots.heat_map
+LOOKED_AT = {"test_stages": ("stage_losses",)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,3 +21,16 @@ def few_figures(request: pytest.FixtureRequest) -> Iterator[None]:
         for name in {"heat_map", "stage_losses"} - {*kept}:
             patch.setattr(plots, name, lambda *args: "data:,")
         yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Callable[[], AbstractContextManager[None]]:
+    """A context inside which heat maps are drawn."""
+
+    @contextmanager
+    def real() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "heat_map", HEAT_MAP)
+            yield
+
+    return real
