@@ -9,7 +9,7 @@ active parameters of the experts with their routers, trained as `distill` trains
 and batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy,
 and Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert
 of all layers in % of an even one. Rows go to `--rows` as they come, and what is there already is not run again; the
-table has means over seeds and half widths of 95 % intervals (Student's t).
+table has FD in thousandths, means over seeds and half widths of 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -118,10 +118,11 @@ def show(rows: list[dict[str, Any]], accuracy: float) -> None:
     table = []
     for way in dict.fromkeys(r["way"] for r in rows):
         mine = [r for r in rows if r["way"] == way]
-        cells = [interval([r[w][key] for r in mine]) for w in ("before", "after") for key in ("db", "accuracy", "fd")]
+        shown = {"db": 1, "accuracy": 1, "fd": 1000}
+        cells = [interval([n * r[w][key] for r in mine]) for w in ("before", "after") for key, n in shown.items()]
         least = interval([r["least"] for r in mine]) if "least" in mine[0] else "-"
         table.append([way, f"{mine[0]['active_parameters']:,}", *cells, least, len(mine)])
-    heads = ["way", "active", "dB", "%", "FD", "dB'", "%'", "FD'", "least %", "seeds"]
+    heads = ["way", "active", "dB", "%", "mFD", "dB'", "%'", "mFD'", "least %", "seeds"]
     print_table(f"before and (') after training; original: {100 * accuracy:.1f} % right", heads, table)
 
 
