@@ -98,6 +98,10 @@ class Bench:
             for start in range(0, self.images, 64)
         ])  # fmt: skip
 
+    def distance(self, features: np.ndarray) -> float:
+        """Of images with these features to the original's own."""
+        return frechet(self.features, features)
+
     def states(self, seed: int, images: int) -> Trajectories:
         by = self.by
         sampling = Sampling(25, by.guidance, seed, batch=32)
@@ -109,7 +113,7 @@ class Bench:
         return {
             "db": ratio_db(task.measure(self.held_out)["output"]),
             "accuracy": 100 * float((guessed == self.labels).mean()),
-            "fd": frechet(self.features, features),
+            "fd": self.distance(features),
         }
 
     def row(self, method: str, ratio: float, seed: int, settings: Settings, data: Trajectories) -> dict[str, Any]:

@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from .errors import DitcompressError
 from .models import adapter_for
 from .models.base import Layout
+from .runtime.attention import RoutedAttention
 from .runtime.blocks import BlockRouter, Embedding, Member
-from .runtime.heads import GroupRouter, HeadRouter, RoutedAttention, Score
+from .runtime.heads import GroupRouter, HeadRouter, Score
 from .runtime.moe import Routed
 from .runtime.scheme import WHERE, Strict, refuse
 from .runtime.task_mask import TaskMask, TimeEmbedding
@@ -28,6 +29,8 @@ CHILDREN: dict[str, str] = {
     "mask": "task_mask", "heads": "head_router", "groups": "head_router", "blocks": "block_router",
 }  # fmt: skip
 STREAMS = {"dit": 1, "pixart": 1, "flux": 2, "sd3": 2}  # families whose blocks' calls are known
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")  # no linear or rotary attention
+JOINT = ("JointAttnProcessor2_0", "FluxAttnProcessor", "QwenDoubleStreamAttnProcessor2_0")
 
 
 class RoutedPart(Strict):
@@ -77,25 +80,27 @@ def family(model: nn.Module) -> str:
 
 
 def routable_attentions(model: nn.Module, layout: Layout) -> dict[str, str]:
-    """Path and head axis of every plain self-attention of the blocks, in forward order."""
+    """Path and head axis of every self-attention of the blocks, of one stream or of two, in forward order."""
     found = {}
     for site in layout.sites:
         path = site.name.rpartition(".")[0]
-        attn = model.get_submodule(path)
-        if site.block and site.name.endswith(".to_q") and site.writes[0] and _is_plain(attn):
+        if site.block and site.name.endswith(".to_q") and site.writes[0] and _is_known(model.get_submodule(path)):
             found[path] = site.writes[0]
     return found
 
 
-def _is_plain(attn: nn.Module) -> bool:
-    """Whether `attn` is self-attention of one stream without anything that its default processor would add."""
-    if not isinstance(attn, Attention):
+def _is_known(attn: nn.Module) -> bool:
+    """Whether `attn` is self-attention without anything that its default processor would add to what
+    runtime/attention.py computes. By the processors' names, which not every diffusers has."""
+    kind = type(getattr(attn, "processor", None)).__name__
+    joint = getattr(attn, "added_kv_proj_dim", None) is not None
+    if kind not in (JOINT if joint else PLAIN) or getattr(attn, "fused_projections", False):
         return False
-    if type(attn.processor) not in (AttnProcessor, AttnProcessor2_0):  # linear, rotary or joint attention
-        return False
-    extras = ("group_norm", "spatial_norm", "added_kv_proj_dim")
-    joined = attn.is_cross_attention or attn.residual_connection or attn.rescale_output_factor != 1.0
-    return not joined and not any(getattr(attn, name, None) for name in extras) and attn.to_k is not None
+    if not isinstance(attn, Attention):  # FLUX; its single blocks have no output linear of the attention's own
+        return joint and not getattr(attn, "pre_only", False)
+    extras = ("group_norm", "spatial_norm")
+    other = attn.is_cross_attention or attn.residual_connection or attn.rescale_output_factor != 1.0
+    return not other and not any(getattr(attn, name, None) for name in extras) and attn.to_k is not None
 
 
 def apply_routed(model: nn.Module, parts: Mapping[str, RoutedPart]) -> dict[str, Routed]:
@@ -126,19 +131,20 @@ def everything_runs(model: nn.Module) -> Iterator[None]:
     """Inside, attentions compute all heads for all tokens and no block is skipped: all their linears are called, as
     calibration needs it. Expert feed-forwards stay as they are."""
     routers = [m for m in model.modules() if isinstance(m, BlockRouter)]
-    attentions = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttention)]
+    attentions: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttention)]
+    routed = [attn.processor for attn in attentions]
     before = [router.active for router in routers]
     try:
         for router in routers:
             router.active = router.count
         for attn in attentions:
-            attn.processor = AttnProcessor2_0()  # type: ignore[assignment]
+            attn.processor = attn.processor.dense
         yield
     finally:
         for router, active in zip(routers, before, strict=True):
             router.active = active
-        for attn in attentions:
-            attn.processor = RoutedAttention()  # type: ignore[assignment]
+        for attn, processor in zip(attentions, routed, strict=True):
+            attn.processor = processor
 
 
 def _placed(owner: nn.Module, name: str, part: Routed, like: Tensor) -> None:
@@ -161,13 +167,14 @@ def _headed(model: nn.Module, path: str, part: RoutedPart, where: str) -> Routed
     if wrong:
         what = f"does not fit {heads} heads"
         raise DitcompressError("E320", where, what, "convert the original again")
+    added = int(attn.add_q_proj.in_features) if getattr(attn, "to_add_out", None) is not None else 0
     routed = (
-        HeadRouter(features, heads, part.shared, part.active, part.score)
+        HeadRouter(features, heads, part.shared, part.active, part.score, added)
         if part.kind == "heads"
-        else GroupRouter(features, part.count, part.active)
+        else GroupRouter(features, part.count, part.active, added)
     )
     _placed(attn, CHILDREN[part.kind], routed, next(attn.to_out.parameters()))
-    attn.set_processor(RoutedAttention())
+    attn.set_processor(RoutedAttention(attn.processor))
     return routed
 
 

@@ -23,6 +23,7 @@ from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, convertible
 from ..mixture import (
+    ONE,
     Experts,
     Numbers,
     Weights,
@@ -32,19 +33,22 @@ from ..mixture import (
     head_importance,
     measured,
     neuron_importance,
+    running,
     seed_of,
     specs_for,
+    stages_of,
 )
 from ..models.base import Layout
 from ..routed import apply_routed, routable_attentions
 from ..runtime.blocks import BlockRouter
-from ..runtime.moe import Routed
+from ..runtime.moe import Routed, routed_parts
 from ..structure import writers
-from ._experts import ExpertSettings, Plan, facts_of
+from ._experts import ExpertSettings, Plan, facts_of, trained_facts
 from ._images import encoded, is_images
 from ._training import Driven
 from .calibration import cached_statistics, pick_device, settings_of
 
+Losses = Mapping[str, Sequence[float]]  # of every step, by the stage of the training
 CALIBRATION_BATCH = 8  # images at a time: more forward passes, so more of the reservoir's tokens differ
 PROBE_SIZE, IMPORTANCE_SIZE = 32, 8  # states of a batch
 
@@ -70,6 +74,14 @@ class Job:
     dtype: str
     restart: bool
     reporter: Reporter
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Shares of the steps of the training's stages; none for one whose parts do not learn."""
+        wanted = self.settings.training
+        own: tuple[float, ...] = getattr(self.method, "STAGES", ONE)
+        shares = own if wanted.stages is None else wanted.stages
+        return shares if wanted.shared else (0.0, *shares[1:])
 
     @property
     def name(self) -> str:
@@ -110,7 +122,7 @@ def states(job: Job, by: Driven, offset: int, images: int) -> Trajectories:
 
 def converted(
     job: Job, source: Checkpoint | ModuleSource, layout: Layout, by: Driven, journal: Path | None
-) -> tuple[nn.Module, Plan, set[str], tuple[float, ...]]:
+) -> tuple[nn.Module, Plan, set[str], Losses]:
     """The model with its routed parts, these, the names of its trained tensors, and the losses of the training."""
     axes, needs = convertible(by.model, layout), job.method.NEEDS
     tokens: dict[str, Tensor] = {}
@@ -147,7 +159,7 @@ def converted(
     _begun(job, apply_routed(sparse, plan.routed))
     for path, part in parts.items():
         sparse.set_submodule(path, part)
-    trained, losses = _distilled(job, source, layout, by, sparse, plan, journal) if job.distill else (set(), ())
+    trained, losses = _distilled(job, source, layout, by, sparse, plan, journal) if job.distill else (set(), {})
     return sparse, plan, trained, losses
 
 
@@ -170,8 +182,9 @@ def _distilled(
     sparse: nn.Module,
     plan: Plan,
     journal: Path | None,
-) -> tuple[set[str], tuple[float, ...]]:
-    """Train the routed parts of `sparse` in place; the names of the trained tensors and the losses."""
+) -> tuple[set[str], Losses]:
+    """Train the routed parts of `sparse` in place, stage by stage, each with a state of its own in `journal`; the names
+    of the trained tensors and the losses."""
     wanted = job.settings.training
     data: Data = states(job, by, 7919, images=wanted.images)
     if job.data is not None:
@@ -186,17 +199,34 @@ def _distilled(
     weights = Weights(
         output=wanted.output, features=wanted.features, balance=wanted.balance, router_rate=wanted.router_rate,
         shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
+        everything=wanted.everything,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
-        task = Experts(by.model, sparse, layout, data, weights, wanted.batch, plan.routed)
-        history = train(task, wanted, journal=journal, reporter=job.reporter)
-    task.finish()
-    return set(task.parameters()), history.losses
+    trained: set[str] = set()
+    losses: dict[str, tuple[float, ...]] = {}
+    for stage in stages_of(job.stages, wanted.steps):
+        place = _place(journal, stage.name)
+        with torch.random.fork_rng(devices=[]), running(routed_parts(sparse), stage.name):
+            torch.manual_seed(job.seed)
+            task = Experts(
+                by.model, sparse, layout, data, weights, wanted.batch, plan.routed, stage.name, stage.start
+            )  # fmt: skip
+            own = wanted.model_copy(update={"steps": stage.steps})
+            losses[stage.name] = train(task, own, journal=place, reporter=job.reporter).losses
+            task.finish()
+        trained |= set(task.parameters())
+    return trained, losses
+
+
+def _place(journal: Path | None, stage: str) -> Path | None:
+    """The folder of a stage's states; the last stage's is the journal itself."""
+    if journal is None or stage == "all":
+        return journal
+    (journal / stage).mkdir(exist_ok=True)
+    return journal / stage
 
 
 def measured_facts(
-    job: Job, layout: Layout, by: Driven, sparse: nn.Module, plan: Plan, losses: Sequence[float], left: list[str]
+    job: Job, layout: Layout, by: Driven, sparse: nn.Module, plan: Plan, losses: Losses, left: list[str]
 ) -> dict[str, Any]:
     """What moe.json holds, measured on states under noise of their own."""
     probe = states(job, by, 104_729, images=32)
@@ -205,8 +235,7 @@ def measured_facts(
     facts = {**facts_of(by.model, sparse, layout, plan, job.name, sqnr, use, routing, left), "seed": job.seed,
              "states": len(batches) * PROBE_SIZE, "conditions": by.conditions.source}  # fmt: skip
     if losses:
-        tail = losses[-20:]
-        facts["distilled"] = {"steps": len(losses), "first": losses[0], "last": sum(tail) / len(tail)}
+        facts["distilled"] = trained_facts(losses)
     return facts
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
 from ..errors import DitcompressError
@@ -20,12 +20,17 @@ from ..routed import CHILDREN, RoutedPart
 from ..runtime.blocks import idle_in_blocks
 from ..runtime.moe import Gate, feed_forwards, idle_parameters, router_parameters
 
+CURVE = 200  # points of a loss curve in moe.json
+NonNegative = Annotated[float, Field(ge=0)]
+
 
 class ExpertTraining(Training):
     """The trainer's fields and: `balance` weighs the load-balance loss (Dense2MoE: 0.01), `router_rate` is the router's
     learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
     averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of
-    switch-dit, `task` that of real data."""
+    switch-dit, `task` that of real data. `stages`: shares of the steps that train shared experts, routed ones, and
+    all that learns (by default as the method does: all steps the last, but for dense2moe-mob). `everything`: in the
+    last stage the whole model learns, not its routed parts alone."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
@@ -35,6 +40,15 @@ class ExpertTraining(Training):
     balance_over: Literal["mean", "sum"] | None = None
     prior: float = Field(1.0, ge=0)
     task: float = Field(1.0, ge=0)
+    everything: bool = False
+    stages: tuple[NonNegative, NonNegative, NonNegative] | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _some_steps(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and not 0 < sum(value) < math.inf:
+            raise ValueError("gives no stage any steps")
+        return value
 
 
 class ExpertSettings(BaseModel):
@@ -122,6 +136,28 @@ def facts_of(
         "routing": dict(routing),
         "left_dense": list(left),
     }  # fmt: skip
+
+
+def trained_facts(losses: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What is told of a training, of whose stages `losses` has those of all steps: for each its first loss, the mean of
+    its last 20, and a curve of at most CURVE points, each a mean over steps. Losses of two stages are not comparable;
+    "first" and "last" are the last stage's."""
+    stages, start = [], 0
+    for name, values in losses.items():
+        tail = values[-20:]
+        stages.append({
+            "stage": name, "steps": len(values), "first": values[0], "last": sum(tail) / len(tail),
+            "curve": [[start + x, y] for x, y in _curve(values)],
+        })  # fmt: skip
+        start += len(values)
+    last = stages[-1]
+    return {"steps": start, "first": last["first"], "last": last["last"], "stages": stages}
+
+
+def _curve(values: Sequence[float]) -> list[tuple[float, float]]:
+    each = -(-len(values) // CURVE)
+    groups = [values[at : at + each] for at in range(0, len(values), each)]
+    return [(number * each + (len(group) + 1) / 2, sum(group) / len(group)) for number, group in enumerate(groups)]
 
 
 def card(name: str, class_name: str, facts: Mapping[str, Any]) -> str:

@@ -23,7 +23,16 @@ from ..errors import DitcompressError
 from ..evaluation.vae import decode, load_vae
 from ..experts import left_dense, router_dtypes
 from ..loading import DitcompressConfig, as_loaded, open_model, register
-from ..mixture import Numbers, followed, linear_operations, method_of, params_of, registry
+from ..mixture import (
+    Numbers,
+    check_stages,
+    followed,
+    linear_operations,
+    method_of,
+    params_of,
+    registry,
+    stages_of,
+)
 from ..models import adapter_for
 from ..models.base import Layout
 from ..report.experts import Coloured, page
@@ -91,6 +100,9 @@ def moe(
     target = Path(out) if out else where and where.with_name(f"{where.name.removesuffix('.safetensors')}-moe")
     job = Job(where, target, chosen, params, settings, numbers, share, plan, distill_steps,
                Path(data) if data else None, conditions, scheduler, seed, device, dtype, restart, reporter)  # fmt: skip
+    if distill_steps:
+        stages_of(job.stages, distill_steps)
+        check_stages(job.stages, {path: (spec.shared, spec.active) for path, spec in plan.specs.items()})
     if isinstance(checkpoint, ModuleSource):
         return _in_memory(path, job, layout, left)
     return _write(job, checkpoint, layout, left, overwrite)

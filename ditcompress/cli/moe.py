@@ -102,8 +102,10 @@ def _show(facts: dict[str, Any]) -> None:
         ["bytes", f"{size(facts['original_bytes'])} -> {size(facts['bytes'])}"],
     ]
     if "distilled" in facts:
-        d = facts["distilled"]
-        rows.append(["loss", f"{d['first']:.4g} -> {d['last']:.4g} in {d['steps']} steps"])
+        rows += [
+            [f"loss, stage {d['stage']}", f"{d['first']:.4g} -> {d['last']:.4g} in {d['steps']} steps"]
+            for d in facts["distilled"]["stages"]
+        ]
     print_table(facts["method"], ["what", "value"], rows)
     if facts["left_dense"]:
         print_text(f"left dense: {len(facts['left_dense'])} linears that are no module of their own")

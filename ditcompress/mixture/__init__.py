@@ -6,11 +6,13 @@ from __future__ import annotations
 from ._blocks import begin_blocks, block_groups
 from ._convert import convert, head_importance, hidden_of, neuron_importance, seed_of, specs_for
 from ._distill import Experts, Weights
+from ._stages import ONE, check_stages, running, stages_of
 from ._tokens import Tokens, followed
 from ._use import linear_operations, measured, token_operations
 from .base import FeedForward, Numbers, Split, method_of, params_of, registry
 
 __all__ = [
+    "ONE",
     "Experts",
     "FeedForward",
     "Numbers",
@@ -19,6 +21,7 @@ __all__ = [
     "Weights",
     "begin_blocks",
     "block_groups",
+    "check_stages",
     "convert",
     "followed",
     "head_importance",
@@ -29,7 +32,9 @@ __all__ = [
     "neuron_importance",
     "params_of",
     "registry",
+    "running",
     "seed_of",
     "specs_for",
+    "stages_of",
     "token_operations",
 ]

@@ -21,17 +21,19 @@ from ..models.base import Layout
 from ..routed import RoutedPart
 from ..runtime.blocks import BlockRouter
 from ..runtime.heads import GroupRouter, HeadRouter
-from ..runtime.moe import Routed, Router, Routing, balance_loss, routed_parts
+from ..runtime.moe import MoEFeedForward, Routed, Router, Routing, balance_loss, routed_parts
 from ..runtime.task_mask import TaskMask
 from ._blocks import outside_groups
 from ._prior import STEPS, prior_loss
+from ._stages import Name, parts_of
 
 
 @dataclass(frozen=True)
 class Weights:
     """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
     losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks,
-    `task` the diffusion loss where the data are real."""
+    `task` the diffusion loss where the data are real. `everything`: all of the model learns, not its routed parts
+    alone."""
 
     output: float = 1.0
     features: float = 1.0
@@ -41,17 +43,20 @@ class Weights:
     balance_over: Literal["mean", "sum"] = "mean"
     prior: float = 1.0
     task: float = 1.0
+    everything: bool = False
 
 
 class Experts(Imitating):
     """The training task: the student is the dense model with routed parts, trained in place. These are trained, and
-    what they route: attentions whose heads are, blocks of a group."""
+    what they route: attentions whose heads are, blocks of a group. In a `stage` before the last (mixture/_stages.py)
+    only parts of the feed-forwards are; its batches are those of steps from `start` on."""
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Data, weights: Weights, batch: int,
-        routed: Mapping[str, RoutedPart] | None = None,
+        routed: Mapping[str, RoutedPart] | None = None, stage: Name = "all", start: int = 0,
     ) -> None:  # fmt: skip
-        blocks = outside_groups(layout, routed or {})
+        self.parts, self.start = parts_of(stage), start
+        blocks = outside_groups(layout, routed or {}) if self.parts is None else layout.blocks
         super().__init__(teacher, student, data, batch, blocks if weights.features else ())
         self.weights = weights
         self.layers = routed_parts(student)
@@ -71,10 +76,15 @@ class Experts(Imitating):
         return {id(m.time): m.time.at(torch.arange(STEPS, device=device)) for m in self.masks}
 
     def parameters(self) -> dict[str, Tensor]:
+        if self.weights.everything and self.parts is None:
+            return self._inside("")
         found: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
-            for owner in _trained_with(path, layer):
+            for owner in _trained_with(path, layer) if self.parts is None else ():
                 found |= self._inside(owner)
+            if self.parts is not None and isinstance(layer, MoEFeedForward):
+                starts = tuple(f"{path}.{part}" for part in self.parts)
+                found |= {name: tensor for name, tensor in self._inside(path).items() if name.startswith(starts)}
         return found
 
     def _inside(self, path: str) -> dict[str, Tensor]:
@@ -86,7 +96,7 @@ class Experts(Imitating):
                 found |= {f"{start}.{stored}": getattr(part, stored) for stored in part.STORED}
         for name, parameter in module.named_parameters():
             if self.weights.shared or not name.startswith("shared."):
-                found[f"{path}.{name}"] = parameter
+                found[".".join(filter(None, (path, name)))] = parameter
         return found
 
     def rates(self) -> dict[str, float]:
@@ -97,13 +107,13 @@ class Experts(Imitating):
         weights = self.weights
         for found in self.routings.values():
             found.clear()
-        output, features = self.compare(step, part)
+        output, features = self.compare(self.start + step, part)
         loss = weights.output * output + weights.features * features
         if self.task is not None:
             loss = loss + weights.task * self.task
-        for found in self.routings.values() if weights.balance else ():
-            if not found:  # nothing is routed: all active, or none
-                continue
+        for kind, found in self.routings.items() if weights.balance else ():
+            if not found or (self.parts is not None and kind is not MoEFeedForward):
+                continue  # nothing is routed (all active, or none), or not yet
             every = torch.stack([balance_loss(r.probabilities, r.chosen) for r in found])
             loss = loss + weights.balance * (every.sum() if weights.balance_over == "sum" else every.mean())
         if self.masks and weights.prior:

@@ -36,7 +36,7 @@ def linear_operations(
 ) -> tuple[int, int]:
     """Operations of the blocks' linears for one token, before and after, on average over the routing and without the
     routers' own; `layout` is the dense model's. The products of the attention itself are not counted."""
-    runs = dict.fromkeys(layout.blocks, 1.0)
+    runs, names = dict.fromkeys(layout.blocks, 1.0), {site.name for site in layout.sites}
     kept = {f"{path}.": spec.active_neurons / spec.neurons for path, spec in specs.items()}
     extra = 0.0
     for path, part in routed.items():
@@ -44,9 +44,14 @@ def linear_operations(
             owner, _, first = path.rpartition(".")
             runs |= {f"{owner}.{int(first) + n}": part.active / part.count for n in range(part.count)}
         elif part.kind == "groups":
+            if f"{path}.to_add_out" not in names:  # keys and values of a text without outputs: every group has all
+                kept |= {f"{path}.add_q_proj": 0.0, f"{path}.add_": 1.0}
             kept[f"{path}."] = part.active / part.count
         elif part.kind == "heads":
-            kept[f"{path}.to_out."] = (len(part.shared) + part.active) / (len(part.shared) + part.count)
+            if f"{path}.to_add_out" not in names:
+                kept[f"{path}.add_q_proj"] = 0.0
+            share = (len(part.shared) + part.active) / (len(part.shared) + part.count)
+            kept |= {f"{path}.to_out.": share, f"{path}.to_add_out": share}
         else:
             extra += 2 * part.active * width_of(layout, path) ** 2
     dense = active = 0.0

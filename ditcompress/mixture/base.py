@@ -2,9 +2,9 @@
 
 A method is a module of this folder. It exports `Params`, `NEEDS` ("tokens": inputs from calibration, "importance":
 Taylor scores of the neurons) and `split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts
-count when nothing is asked, and BALANCE_OVER ("mean", or "sum" over layers). `offsets`, `copies` and
-`choice` of the parameters go into the layer's entry. NUMBERS are its own for --experts, --shared and --active, where
-these are not given; BLOCKS_ACTIVE that of --blocks-active.
+count when nothing is asked, BALANCE_OVER ("mean", or "sum" over layers), and STAGES, shares of the training's steps
+(_stages.py). `offsets`, `copies` and `choice` of the parameters go into the layer's entry. NUMBERS are its own for
+--experts, --shared and --active, where these are not given; BLOCKS_ACTIVE that of --blocks-active.
 
 A method of other parts than feed-forwards exports `routed(model, layout, numbers, params, importance)`, which says what
 is routed by path, and `begin(part, params, generator)`, which fills the routers; with or without `split`. "heads" in
@@ -81,7 +81,7 @@ class Split:
     @property
     def order(self) -> list[int]:
         """All neurons: those of the shared expert first, then of each expert; of copies each once."""
-        return list(dict.fromkeys(int(i) for i in torch.cat([self.shared, *self.experts])))
+        return list(dict.fromkeys(torch.cat([self.shared, *self.experts]).tolist()))
 
 
 def method_of(name: str) -> ModuleType:

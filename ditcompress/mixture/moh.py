@@ -6,7 +6,8 @@ then take the first routed heads until training separates them.
 
 By default half of the heads are shared and half of the others active, 75 % in all. The paper shares the first half of
 the heads; here they are those with the largest Taylor score. `--shared` and `--active` count heads. The balance loss is
-that of the other methods, 1 at even use, where the paper's is the number of active heads.
+that of the other methods, 1 at even use, where the paper's is the number of active heads. In joint attentions a head
+belongs to both streams; a token of either chooses by its own query.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Params(StrictParams):
 def routed(
     model: nn.Module, layout: Layout, numbers: Numbers, params: Params, importance: Importance
 ) -> dict[str, RoutedPart]:
-    """The heads of every plain self-attention; without scores the first ones are shared."""
+    """The heads of every self-attention that is known; without scores the first ones are shared."""
     found = {}
     for path, axis in routable_attentions(model, layout).items():
         heads = layout.axes[axis].size // layout.axes[axis].unit_size
@@ -55,7 +56,7 @@ def routed(
             kind="heads", count=heads - shared, active=active, shared=sorted(order[:shared]), score=params.score
         )
     if not found:
-        what = "has no self-attention of one stream"
+        what = "has no self-attention whose call is known here"
         raise DitcompressError("E205", type(model).__name__, what, "use a method of feed-forwards, as moe-best")
     return found
 

@@ -4,7 +4,8 @@ Rows of the first linear with the columns of the second, and groups of heads wit
 experts whose sum is the dense layer. Experts choose their tokens: each takes the share `--active` / `--experts` of a
 sample's tokens that its router scores highest, groups of heads attend among these alone. `choice` "token" lets tokens
 choose the feed-forward experts instead. The paper routes the tokens of a batch together; here each sample is routed by
-itself, so that results do not depend on what else is in a batch.
+itself, so that results do not depend on what else is in a batch. In joint attentions a
+group takes its share of each stream's tokens and attends among both.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def split(layer: FeedForward, params: Params) -> Split:
 def routed(
     model: nn.Module, layout: Layout, numbers: Numbers, params: Params, importance: Importance
 ) -> dict[str, RoutedPart]:
-    """Groups of heads of every plain self-attention, as many as there are routed experts of a feed-forward."""
+    """Groups of heads of every self-attention that is known, as many as there are routed experts of a feed-forward."""
     if not params.attention:
         return {}
     assert numbers.experts is not None and numbers.shared is not None and numbers.active is not None

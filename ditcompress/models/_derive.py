@@ -45,6 +45,7 @@ _PLAIN_PROCESSORS = (
     "AuraFlowAttnProcessor2_0",
     "CogVideoXAttnProcessor2_0",
     "FluxAttnProcessor",
+    "QwenDoubleStreamAttnProcessor2_0",
 )
 
 

@@ -45,9 +45,21 @@ def _figures(facts: Mapping[str, Any]) -> list[Figure]:
             plots.heat_map(loads, list(layers), [str(e) for e in range(most)], "expert", "load / even"),
         )
     ]
+    if "distilled" in facts:
+        found += _training(facts["distilled"]["stages"])
     for kind, table in facts.get("routing", {}).items():
         found += _by(kind, table)
     return found
+
+
+def _training(stages: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The loss over the steps; stages train and compare different parts, so their losses are not of one kind."""
+    curve = plots.stage_losses({stage["stage"]: stage["curve"] for stage in stages})
+    text = ", ".join(f"{s['stage']} {s['first']:.3g} to {s['last']:.3g} in {s['steps']} steps" for s in stages)
+    if curve is None:
+        return []
+    title, note = "Loss of the training, by stage", "Each stage has a loss of its own."
+    return [Figure(title, f"{text}. {note}", f"Loss: {text}.", curve)]
 
 
 def _by(kind: str, table: Mapping[str, Any]) -> list[Figure]:

@@ -123,6 +123,19 @@ def training_loss(points: Sequence[Sequence[float]]) -> str | None:
         return _svg(figure)
 
 
+def stage_losses(curves: Mapping[str, Sequence[Sequence[float]]]) -> str | None:
+    """Losses of a training's stages over its steps, each stage in a colour of its own."""
+    if sum(map(len, curves.values())) < 2:
+        return None
+    with plt.rc_context(_STYLE):
+        figure, axes = _axes("training step", "loss of the stage")
+        for (name, points), colour in zip(curves.items(), ROLE_COLOURS.values(), strict=False):
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, lw=1.2, label=name)
+        axes.set_yscale("log")
+        axes.legend()
+        return _svg(figure)
+
+
 def block_scores(scores: Mapping[str, float | None], removed: Sequence[str]) -> str | None:
     """Importance of every unit of blocks in forward order; removed ones in another colour."""
     values = [0.0 if value is None else value for value in scores.values()]

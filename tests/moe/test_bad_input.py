@@ -118,12 +118,14 @@ def test_entries_that_fit_no_attention_are_refused(tiny_dit: Path) -> None:
         assert caught.value.code == "E320" and "4 heads" in caught.value.line()
 
 
-def test_joint_attentions_have_no_heads_to_route() -> None:
+def test_single_blocks_of_flux_and_fused_projections_have_no_heads_to_route() -> None:
     model = families.get("flux").tiny()
-    layout = families.get("flux").layout(model)
-    method = mixture.method_of("moh")
+    layout, method = families.get("flux").layout(model), mixture.method_of("moh")
+    numbers, params = mixture.Numbers(None, None, None), method.Params()
+    assert list(method.routed(model, layout, numbers, params, {})) == ["transformer_blocks.0.attn"]
+    model.transformer_blocks[0].attn.fused_projections = True  # type: ignore[union-attr]
     with pytest.raises(DitcompressError) as caught:
-        method.routed(model, layout, mixture.Numbers(None, None, None), method.Params(), {})
+        method.routed(model, layout, numbers, params, {})
     assert caught.value.code == "E205"
 
 
@@ -153,7 +155,7 @@ def test_more_experts_than_config_says_active_may_be_set_up_to_all(mixed: Path, 
 def test_every_linear_of_a_routed_model_is_calibrated_and_quantized(
     method: str, tiny_dit: Path, tmp_path: Path
 ) -> None:
-    few = ("calibration.samples=2", "calibration.steps=3")
+    few = ("calibration.samples=2", "calibration.steps=2")
     api.moe(tiny_dit, tmp_path / "m", method=method, overrides=(*FEW, "group=2"), blocks_active=0.5)
     state = load_file(tmp_path / "m/diffusion_pytorch_model.safetensors")
     state["transformer_blocks.0.block_router.router.bias"][1] = -1e6  # the second block never runs

@@ -22,10 +22,29 @@ from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.runtime.linear import PackedLinear
 from ditcompress.runtime.moe import MoEFeedForward, feed_forwards
-from tests.test_loading import IMPORTS, LOAD, fresh
+from tests.test_loading import IMPORTS, fresh
 
 FEW = ("calibration.samples=4", "calibration.steps=5", "probe=1", "training.images=4", "training.sample_steps=4",
        "training.batch=4", "scoring=2", "images=2")  # fmt: skip
+
+
+# As LOAD for every folder given, in one process: starting it takes most of the time.
+LOAD_ALL = """
+import sys, hashlib, torch
+{first}
+{second}
+torch.set_num_threads(1)
+found = []
+for folder in sys.argv[1:]:
+    model = DiTTransformer2DModel.from_pretrained(folder)
+    torch.manual_seed(0)
+    c = model.config
+    x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size)
+    with torch.no_grad():
+        y = model(x, torch.tensor([3, 900]), torch.tensor([0, 1])).sample
+    found.append(hashlib.sha256(y.numpy().tobytes()).hexdigest())
+print(*found)
+"""
 
 
 def predicted(folder: Path, **options: Any) -> torch.Tensor:
@@ -45,10 +64,23 @@ def experts(tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def quantized(experts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The converted model by recipe."""
+    folder = tmp_path_factory.mktemp("small")
+    few = {"w4a16-rtn": [], "w4a8": ["calibration.samples=2", "calibration.steps=2"]}
+    for recipe, overrides in few.items():
+        api.quantize(experts, recipe, folder / recipe, overrides=overrides)
+    return {recipe: folder / recipe for recipe in few}
+
+
 @pytest.mark.parametrize("order", [IMPORTS, IMPORTS[::-1]], ids=["ours first", "diffusers first"])
-def test_a_fresh_process_with_plain_diffusers_gives_the_same_outputs(experts: Path, order: tuple[str, str]) -> None:
-    mine = hashlib.sha256(predicted(experts).numpy().tobytes()).hexdigest()
-    assert fresh(LOAD.format(first=order[0], second=order[1]), str(experts)) == mine
+def test_a_fresh_process_with_plain_diffusers_gives_the_same_outputs(
+    experts: Path, quantized: dict[str, Path], order: tuple[str, str]
+) -> None:
+    folders = [experts, *quantized.values()]
+    mine = [hashlib.sha256(predicted(folder).numpy().tobytes()).hexdigest() for folder in folders]
+    assert fresh(LOAD_ALL.format(first=order[0], second=order[1]), *map(str, folders)) == " ".join(mine)
     ours, _ = load_model(experts)
     theirs = DiTTransformer2DModel.from_pretrained(experts).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
@@ -115,17 +147,13 @@ def test_inspect_shows_experts(experts: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["w4a16-rtn", "w4a8"])
-def test_experts_are_quantized_and_load_again(recipe: str, experts: Path, tmp_path: Path) -> None:
-    few = ["calibration.samples=2", "calibration.steps=3"] if recipe == "w4a8" else []
-    api.quantize(experts, recipe, tmp_path / "small", overrides=few)
-    model = DiTTransformer2DModel.from_pretrained(tmp_path / "small")
+def test_experts_are_quantized(recipe: str, experts: Path, quantized: dict[str, Path]) -> None:
+    model = DiTTransformer2DModel.from_pretrained(quantized[recipe])
     layer = model.transformer_blocks[0].ff
     assert isinstance(layer, MoEFeedForward)
     assert all(isinstance(e.net[0].proj, PackedLinear) for e in layer.experts)
-    a, b = predicted(experts), predicted(tmp_path / "small")
+    a, b = predicted(experts), predicted(quantized[recipe])
     assert (a - b).norm() < 0.5 * a.norm()
-    code = LOAD.format(first=IMPORTS[0], second=IMPORTS[1])
-    assert fresh(code, str(tmp_path / "small")) == hashlib.sha256(b.numpy().tobytes()).hexdigest()
 
 
 def test_a_converted_model_in_memory_is_quantized_too(experts: Path) -> None:
@@ -162,9 +190,13 @@ def test_distillation_lowers_the_loss_resumes_and_leaves_plain_weights(
 def test_without_training_ours_is_at_least_3_db_above_random_on_the_digits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    less = ("images=0", "probe=1", "calibration.samples=16", "calibration.reservoir=1024", "calibration.steps=10",
-            "training.sample_steps=5")  # fmt: skip
-    found = {m: api.moe(digits_folder(), tmp_path / m, method=m, overrides=less) for m in ("random", "moe-best")}
+    less = ("images=0", "probe=1", "calibration.samples=8", "calibration.reservoir=512", "calibration.steps=6",
+            "training.sample_steps=3")  # fmt: skip
+    quick = {"random": (), "moe-best": ("method.rounds=1",)}
+    found = {
+        method: api.moe(digits_folder(), tmp_path / method, method=method, overrides=(*less, *more))
+        for method, more in quick.items()
+    }
     shares = {f["feed_forward_flops_per_token"]["active"] for f in found.values()}
     assert len(shares) == 1
     with capsys.disabled():

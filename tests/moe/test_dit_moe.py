@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -74,9 +76,12 @@ def test_slices_have_gates_of_one_on_average_and_all_of_them_are_the_dense_layer
 
 
 @pytest.fixture(scope="module")
-def grown(tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def grown(
+    tiny_dit: Path, tmp_path_factory: pytest.TempPathFactory, drawn: Callable[[], AbstractContextManager[None]]
+) -> Path:
     out = tmp_path_factory.mktemp("moe") / "grown"
-    api.moe(tiny_dit, out, experts=4, method="dit-moe", overrides=(*FEW, "method.upcycle=copies"))
+    with drawn():
+        api.moe(tiny_dit, out, experts=4, method="dit-moe", overrides=(*FEW, "method.upcycle=copies"))
     return out
 
 

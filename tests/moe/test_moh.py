@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from ditcompress import api
 from ditcompress.cli.app import app
-from ditcompress.runtime.heads import HeadRouter, RoutedAttention
+from ditcompress.runtime.attention import RoutedAttention
+from ditcompress.runtime.heads import HeadRouter
 from ditcompress.runtime.moe import Router
 from tests.moe.routed_models import both, routed_model, written
 from tests.moe.test_command import predicted

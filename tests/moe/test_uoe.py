@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ditcompress import api
 from ditcompress.cli.app import app
-from ditcompress.runtime.heads import RoutedAttention
+from ditcompress.runtime.attention import RoutedAttention
 from ditcompress.runtime.moe import assignments, share_of
 from tests.moe.routed_models import both, routed_model, written
 from tests.moe.test_command import predicted

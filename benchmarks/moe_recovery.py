@@ -1,0 +1,164 @@
+"""Experts against a narrower model of the same work, both after the same training.
+
+    python benchmarks/moe_recovery.py [--seeds 0 1 2] [--steps 300] [--experts 16 --shared 2 --active 6]
+    python benchmarks/moe_recovery.py --ways moe-best width --set training.balance=0.03
+
+"moe-best" and the other methods of feed-forwards: half of the neurons of every feed-forward active, trained as
+`moe --distill-steps` trains with RECIPE. "width": `prune --width-units neurons --width-method obs-diff` down to the
+active parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps
+and batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy,
+and Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert
+of all layers in % of an even one. Rows go to `--rows` as they come, and what is there already is not run again; the
+table has FD in thousandths, means over seeds and half widths of 95 % intervals (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from recovery import Bench, interval
+from torch import nn
+
+from ditcompress import api
+from ditcompress.console import print_table
+from ditcompress.distill.losses import output_loss, parse_loss
+from ditcompress.distill.matching import pairs_of
+from ditcompress.distill.settings import Settings
+from ditcompress.distill.student import Student
+from ditcompress.distill.trainer import train
+from ditcompress.evaluation.digits import digits_folder
+from ditcompress.measures import ratio_db
+
+WIDTH = "width"
+# Of the experts' training, before what --set says: all of the model learns, as all of the narrower one does.
+RECIPE = ("training.everything=true", "training.ema=0.99", "training.features=0.1", "training.balance=0.003",
+          "training.router_rate=0.0005")  # fmt: skip
+
+
+class Duel:
+    """The original with its judge, and what a run is asked for; `made` holds the models before training by seed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.bench = Bench(options.model, options.images, None, options.loss)
+        self.numbers = {name: getattr(options, name) for name in ("experts", "shared", "active")}
+        self.known = dict(self.numbers, steps=options.steps, batch=options.batch, images=options.images,
+                          set=[*RECIPE, *options.set])  # fmt: skip
+
+    def judged(self, model: nn.Module) -> dict[str, float]:
+        bench = self.bench
+        features, guessed = bench.judge(bench.drawn(model))
+        held, predict = bench.held_out, bench.by.adapter.predict
+        with torch.no_grad():
+            found, wanted = (
+                predict(m, held.latents, held.timestep, held.cond).float() for m in (model, bench.by.model)
+            )
+        return {
+            "db": ratio_db(float(output_loss(found, wanted))),
+            "accuracy": 100 * float((guessed == bench.labels).mean()),
+            "fd": bench.distance(features),
+        }
+
+    def experts(self, method: str, seed: int, steps: int) -> dict[str, Any]:
+        """The facts of `moe`, with its "model"."""
+        given = [f"training.batch={self.options.batch}", "images=0", "probe=8", *self.known["set"]]
+        return api.moe(self.bench.by.model, method=method, seed=seed, distill_steps=steps, overrides=given,
+                       **self.numbers)  # fmt: skip
+
+    def row(self, way: str, seed: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        row = self.narrow(seed) if way == WIDTH else self.routed(way, seed)
+        return {"way": way, "seed": seed, "settings": self.known, **row, "seconds": time.perf_counter() - started}
+
+    def routed(self, method: str, seed: int) -> dict[str, Any]:
+        start, facts = (self.experts(method, seed, steps) for steps in (0, self.options.steps))
+        return {
+            "before": self.judged(start["model"]), "after": self.judged(facts["model"]),
+            "least": 100 * facts["idlest"], "least_before": 100 * start["idlest"],
+            "active_parameters": facts["parameters"]["active"],
+        }  # fmt: skip
+
+    def narrow(self, seed: int) -> dict[str, Any]:
+        """Width pruning; the share of the neurons that stays is the first of all shares that has enough parameters."""
+        by, options = self.bench.by, self.options
+        wanted = self.experts("random", 0, 0)["parameters"]["active"]
+        pruned = api.prune(by.model, width_ratio=self.ratio(wanted), width_units="neurons", seed=seed)
+        student = pruned.model
+        assert student is not None
+        layouts = [by.adapter.layout(m).blocks for m in (student, by.model)]
+        task = Student(student, by.model, self.bench.states(7919 + seed, 128), parse_loss(options.loss),
+                       pairs_of(*layouts, None), blocks=layouts[0], batch=options.batch, steps=options.steps, seed=seed,
+                       clean_weights=self.bench.clean_weights)  # fmt: skip
+        before = self.judged(student)
+        train(task, Settings(steps=options.steps, batch=options.batch, learning_rate=options.rate, ema=0.99))
+        task.finish()
+        task.release()
+        return {"before": before, "after": self.judged(student),
+                "active_parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
+
+    def ratio(self, wanted: int) -> float:
+        """The share of the neurons that goes, so that `wanted` parameters stay or a neuron more."""
+        model = self.bench.by.model
+        half = api.prune(model, width_ratio=0.5, width_units="neurons", width_method="magnitude").model
+        assert half is not None
+        total, left = (sum(p.numel() for p in m.parameters()) for m in (model, half))
+        neurons = model.transformer_blocks[0].ff.net[2].in_features
+        each = 2 * (total - left) / neurons  # parameters of one neuron of every block
+        return math.floor((total - wanted) / each) / neurons
+
+
+def show(rows: list[dict[str, Any]], accuracy: float) -> None:
+    table = []
+    for way in dict.fromkeys(r["way"] for r in rows):
+        mine = [r for r in rows if r["way"] == way]
+        shown = {"db": 1, "accuracy": 1, "fd": 1000}
+        cells = [interval([n * r[w][key] for r in mine]) for w in ("before", "after") for key, n in shown.items()]
+        least = interval([r["least"] for r in mine]) if "least" in mine[0] else "-"
+        table.append([way, f"{mine[0]['active_parameters']:,}", *cells, least, len(mine)])
+    heads = ["way", "active", "dB", "%", "mFD", "dB'", "%'", "mFD'", "least %", "seeds"]
+    print_table(f"before and (') after training; original: {100 * accuracy:.1f} % right", heads, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=digits_folder())
+    parser.add_argument("--ways", nargs="+", default=["moe-best", WIDTH])
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--shared", type=int, default=2)
+    parser.add_argument("--active", type=int, default=6)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--set", action="append", default=[], help="of the experts' training, as `moe --set`")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the narrower model")
+    parser.add_argument("--loss", default="clean=1,output=0.1,normalised=0.1", help="of the narrower model")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rows", type=Path, default=Path("moe_recovery.jsonl"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    duel = Duel(options)
+    rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
+    rows = [row for row in rows if row["settings"] == duel.known]
+    done = {(row["way"], row["seed"]) for row in rows}
+    for seed in options.seeds:
+        for way in options.ways:
+            if (way, seed) in done:
+                continue
+            rows.append(duel.row(way, seed))
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            row = rows[-1]
+            print(way, seed, row["before"], row["after"], row.get("least"), f"{row['seconds']:.0f} s", flush=True)
+    show(rows, duel.bench.accuracy)
+
+
+if __name__ == "__main__":
+    main()
