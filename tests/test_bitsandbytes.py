@@ -27,6 +27,8 @@ from ditcompress.models import dit, flux
 from ditcompress.models import registry as families
 from ditcompress.recipe import load_recipe, parse_recipe
 
+from .commands import run
+
 LAYER = "transformer_blocks.0.attn1.to_q"
 KINDS = ("nf4", "fp4", "int8")
 
@@ -127,8 +129,7 @@ def test_a_machine_without_gpu_gives_one_reason_in_the_evaluation(
 ) -> None:
     for kind in ("nf4", "int8"):
         options = ["--pairs", "4", "--inputs", "8", "--steps", "2", "--classifier", "none", "--json"]
-        command = [sys.executable, "-m", "ditcompress", "evaluate", str(tiny_dit), str(made[kind]), *options]
-        done = subprocess.run([*command, "-o", str(tmp_path / kind)], capture_output=True, text=True)
+        done = run("evaluate", tiny_dit, made[kind], *options, "-o", tmp_path / kind)
         assert done.returncode == 0, done.stderr
         facts = json.loads(done.stdout)
         (fresh,) = (c for c in facts["integrity"] if c["name"] == "fresh process")

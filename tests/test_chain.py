@@ -14,7 +14,7 @@ from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 
-from .cli.test_commands import fails, run
+from .commands import fails, run
 
 SECTIONS: dict[str, Any] = {
     "name": "small",

@@ -17,27 +17,14 @@ from ditcompress.api import check_recipe
 from ditcompress.errors import DitcompressError
 from ditcompress.recipe import load_recipe
 
+from ..commands import fails, fresh, run
+
 FEW = ["--set", "calibration.samples=2", "--set", "calibration.steps=2"]
-
-
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ditcompress", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
-
-
-def fails(code: int, name: str, *arguments: object) -> str:
-    """The one line that a failing command leaves on stderr."""
-    done = run(*arguments)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == code, done.stderr
-    assert lines[-1].startswith(f"error[{name}") and len(lines[-1]) <= 400
-    assert "Traceback" not in done.stderr and len([x for x in lines if not x.startswith("note:")]) == 1
-    return lines[-1]
 
 
 def test_help_is_fast_and_names_every_command() -> None:
     started = time.time()
-    done = run("--help")
+    done = fresh("--help")
     assert time.time() - started < 2.0  # a quiet machine takes a tenth of a second
     for command in (
         "demo",
@@ -127,8 +114,8 @@ def test_quantize_inspect_export_evaluate_end_to_end(tiny_dit: Path, tmp_path: P
 def test_calibrate_once_and_quantize_twice_from_it(tiny_dit: Path, tmp_path: Path) -> None:
     stats = tmp_path / "stats"
     assert run("calibrate", tiny_dit, "-o", stats, *FEW, "-q").returncode == 0
-    for recipe in ("w4a8", "w8a8"):
-        done = run("quantize", tiny_dit, "-r", recipe, "--statistics", stats, "-o", tmp_path / recipe, "-q")
+    for recipe, start in (("w4a8", fresh), ("w8a8", run)):
+        done = start("quantize", tiny_dit, "-r", recipe, "--statistics", stats, "-o", tmp_path / recipe, "-q")
         assert done.returncode == 0 and done.stderr == ""
     other = tmp_path / "other"
     shutil.copytree(tiny_dit, other)
@@ -207,7 +194,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 )
 def test_odd_environments(environment: dict[str, str], tiny_dit: Path, tmp_path: Path) -> None:
     out = tmp_path / "with space"
-    done = run("quantize", tiny_dit, "-r", "w4a8", "-o", out, *FEW, env={**os.environ, **environment})
+    done = fresh("quantize", tiny_dit, "-r", "w4a8", "-o", out, *FEW, env={**os.environ, **environment})
     assert done.returncode == 0 and "\x1b" not in done.stdout, done.stderr
 
 

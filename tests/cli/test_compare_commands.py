@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +17,12 @@ import torch
 from ditcompress import api
 from ditcompress.evaluation.digits import digits_folder
 
+from ..commands import run
+
 QUICK = ["--count", 5, "--steps", 2, "--guidance", 1.5, "--device", "cpu"]
 
 
-# Imports take seconds, so one process has them done, and a fork of it runs each command
-WARM = """
-import json, os, sys, traceback
-from ditcompress.cli.common import hush
-hush()
-from diffusers import DDIMScheduler, DiTTransformer2DModel
-import ditcompress.api, matplotlib.pyplot
-from ditcompress.__main__ import main
-for line in sys.stdin:
-    arguments, *files = json.loads(line)
-    child = os.fork()
-    if not child:
-        for number, path in enumerate(files, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = ["ditcompress", *arguments]
-        code = 1
-        try:
-            main()
-        except SystemExit as leave:
-            code = leave.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)  # taking down all modules would take two seconds more
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a command in a process of its own."""
-    files = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=environment,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def one(*arguments: object) -> subprocess.CompletedProcess[str]:
-            stdin.write(json.dumps([[str(a) for a in arguments], *map(str, files)]) + "\n")
-            stdin.flush()
-            code = int(stdout.readline())
-            return subprocess.CompletedProcess(
-                [str(a) for a in arguments], code, files[0].read_text(), files[1].read_text()
-            )
-
-        yield one
-        stdin.close()
-
-
-def refused(run: Run, code: str, word: str, *arguments: object) -> None:
+def refused(code: str, word: str, *arguments: object) -> None:
     """The command leaves one line of `code` on stderr that says `word`, nothing on stdout, and its exit code."""
     done = run(*arguments)
     lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("note:")]
@@ -102,9 +48,7 @@ def value(report: Path, name: str) -> float:
     return float(next(m for m in rows if m["name"] == name)["value"])
 
 
-def test_compare_writes_one_page_and_the_numbers_of_the_reports(
-    run: Run, reports: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_compare_writes_one_page_and_the_numbers_of_the_reports(reports: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("compare", *reports, "-o", tmp_path / "out", "--json")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     facts = json.loads(done.stdout)
@@ -117,20 +61,16 @@ def test_compare_writes_one_page_and_the_numbers_of_the_reports(
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
     assert "w4a16-rtn" in page and 'alt="' in page
-    refused(run, "E501", "exists", "compare", *reports, "-o", tmp_path / "out")
+    refused("E501", "exists", "compare", *reports, "-o", tmp_path / "out")
 
 
-def test_a_dry_comparison_prints_the_table_and_writes_nothing(
-    run: Run, reports: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_dry_comparison_prints_the_table_and_writes_nothing(reports: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("compare", *reports, "-o", tmp_path / "out", "--dry-run", "--x", "bits", "--y", "sqnr_weighted")
     assert done.returncode == 0 and "w8a16 *" in done.stdout and "verdict" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir()) and "compare.html" not in done.stdout
 
 
-def test_a_run_that_is_worse_and_larger_is_not_on_the_front(
-    run: Run, reports: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_run_that_is_worse_and_larger_is_not_on_the_front(reports: tuple[Path, Path], tmp_path: Path) -> None:
     def copied(name: str, **changes: Any) -> Path:
         shutil.copytree(reports[1], tmp_path / name)
         result = json.loads((tmp_path / name / "report.json").read_text())
@@ -145,19 +85,19 @@ def test_a_run_that_is_worse_and_larger_is_not_on_the_front(
     assert [r["name"] for r in facts["rows"]] == ["report-w4a16-rtn", "worse"]  # one model twice: named by folder
     assert facts["front"] == ["report-w4a16-rtn"]
     guided = copied("guided", provenance={"guidance": 9.0})
-    refused(run, "E342", "guidance", "compare", reports[1], guided)
+    refused("E342", "guidance", "compare", reports[1], guided)
     as_json = run("compare", reports[1], guided, "--json")
     assert as_json.returncode == 3 and json.loads(as_json.stderr)["error"]["code"] == "E342"
 
 
-def test_comparisons_that_cannot_be_made_are_one_line(run: Run, reports: tuple[Path, Path], tmp_path: Path) -> None:
-    refused(run, "E203", "two or more", "compare", reports[0])
-    refused(run, "E203", "did you mean 'psnr'", "compare", *reports, "--y", "pnsr")
-    refused(run, "E203", "did you mean 'latency'", "compare", *reports, "--x", "latencie")
-    refused(run, "E301", "report.json", "compare", reports[0], tmp_path)
+def test_comparisons_that_cannot_be_made_are_one_line(reports: tuple[Path, Path], tmp_path: Path) -> None:
+    refused("E203", "two or more", "compare", reports[0])
+    refused("E203", "did you mean 'psnr'", "compare", *reports, "--y", "pnsr")
+    refused("E203", "did you mean 'latency'", "compare", *reports, "--x", "latencie")
+    refused("E301", "report.json", "compare", reports[0], tmp_path)
 
 
-def test_sample_writes_numbered_images_and_their_manifest(run: Run, tmp_path: Path) -> None:
+def test_sample_writes_numbered_images_and_their_manifest(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ditcompress", "sample", digits_folder(), "-o", tmp_path / "out", *QUICK]
     done = subprocess.run([*map(str, command), "--json", "--seed", "3"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -167,11 +107,11 @@ def test_sample_writes_numbered_images_and_their_manifest(run: Run, tmp_path: Pa
     assert [line["index"] for line in lines] == list(range(5)) and {line["seed"] for line in lines} == {3}
     assert all((tmp_path / "out" / line["file"]).is_file() and 0 <= line["label"] < 10 for line in lines)
     assert not list(tmp_path.glob(".out*")), "nothing is left beside the output"
-    refused(run, "E501", "exists", "sample", digits_folder(), "-o", tmp_path / "out", *QUICK)
+    refused("E501", "exists", "sample", digits_folder(), "-o", tmp_path / "out", *QUICK)
 
 
 def test_samples_do_not_depend_on_the_batch_and_the_compressed_model_gets_the_same_labels(
-    run: Run, reports: tuple[Path, Path], tmp_path: Path
+    reports: tuple[Path, Path], tmp_path: Path
 ) -> None:
     compressed = reports[0].parent / "w8a16"
     for name, source, batch in (("a", digits_folder(), 2), ("b", digits_folder(), 5), ("c", compressed, 5)):
@@ -207,15 +147,15 @@ def test_an_interrupted_sample_continues(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(first, second)
 
 
-def test_a_dry_sample_prints_its_settings_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_dry_sample_prints_its_settings_and_writes_nothing(tmp_path: Path) -> None:
     done = run("sample", digits_folder(), "-o", tmp_path / "out", *QUICK, "--dry-run", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["count"] == 5 and not list(tmp_path.iterdir())
 
 
-def test_samples_that_cannot_be_made_are_one_line(run: Run, tiny_dit: Path, tmp_path: Path) -> None:
+def test_samples_that_cannot_be_made_are_one_line(tiny_dit: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(run, "E201", "did you mean 'images'", "sample", digits_folder(), "-o", out, *QUICK, "--layout", "imags")
-    refused(run, "E205", "no VAE", "sample", tiny_dit, "-o", out, *QUICK)
-    refused(run, "E301", "none", "sample", tmp_path / "none", "-o", out, *QUICK)
-    refused(run, "E203", "needs prompts", "sample", digits_folder(), "-o", out, *QUICK, "--layout", "geneval")
+    refused("E201", "did you mean 'images'", "sample", digits_folder(), "-o", out, *QUICK, "--layout", "imags")
+    refused("E205", "no VAE", "sample", tiny_dit, "-o", out, *QUICK)
+    refused("E301", "none", "sample", tmp_path / "none", "-o", out, *QUICK)
+    refused("E203", "needs prompts", "sample", digits_folder(), "-o", out, *QUICK, "--layout", "geneval")
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ditcompress.evaluation.digits import digits_folder
 
+from ..commands import fails, run
 from ..distill.models import cached, shortened
-from .test_commands import fails, run
 
 FEW = ["--batch", 8, "--images", 4, "--sample-steps", 4, "--device", "cpu"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ from ditcompress.errors import DitcompressError
 from ditcompress.evaluation import peers
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
+
+from ..commands import run
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,7 @@ def test_a_mode_that_the_device_lacks_is_one_line() -> None:
 
 
 def test_the_command_prints_a_document(packed: Path) -> None:
-    line = [sys.executable, "-m", "ditcompress.cli.app", "bench", str(packed), "--mode", "eager", "--seconds", "0"]
-    done = subprocess.run([*line, "--no-peers", "--batch", "1", "--json"], capture_output=True, text=True, check=False)
+    done = run("bench", packed, "--mode", "eager", "--seconds", "0", "--no-peers", "--batch", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["batch"] == 1
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ditcompress.evaluation.digits import digits_folder
 
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ditcompress", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from ..commands import run
 
 
 @pytest.mark.parametrize(

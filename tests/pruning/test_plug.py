@@ -19,8 +19,8 @@ from ditcompress.models import Depth
 from ditcompress.models._depth import Unit
 from ditcompress.pruning.ppcl import taken
 
-from ..cli.test_commands import fails
-from ..cli.test_commands import run as command
+from ..commands import fails
+from ..commands import run as command
 from .models import deep, inputs, run
 from .test_methods import few
 
