@@ -20,7 +20,7 @@ from ..formats import _floats
 from ..plan import ActivationSpec
 
 TINY = 1e-12  # scale of an all-zero token
-PART = 2**19  # elements that are quantized at a time
+PART = 2**20  # elements that are quantized at a time
 
 
 def token_scale(x: Tensor, bits: int) -> Tensor:

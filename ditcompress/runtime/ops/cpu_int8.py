@@ -25,7 +25,7 @@ from ..scheme import Scheme
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
-PART, TOKENS = 1024, 256  # rows of the weight, and tokens, at a time: codes and sums fit into the cache
+PART, TOKENS = 1024, 1024  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
 
@@ -88,9 +88,11 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     codes, scale, zero = _tokens(x, layer.scheme.activation)
     flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
+    decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
+    size = PART if decodes else layer.out_features
     y = torch.empty(len(flat), layer.out_features, dtype=dtype, device=x.device)
-    for start in range(0, layer.out_features, PART):
-        stop = min(start + PART, layer.out_features)
+    for start in range(0, layer.out_features, size):
+        stop = min(start + size, layer.out_features)
         if "codes" in made:
             weight, weight_scale = made["codes"][start:stop], made["scale"][start:stop]
         else:
