@@ -14,7 +14,7 @@ from .common import Debug, Device, Dtype, Json, Quiet, Seed
 
 def bench(
     checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CKPT ...", help="The plain model first, or compressed ones alone.")
+        list[Path], typer.Argument(metavar="CKPT", help="The plain model first, or compressed ones alone.")
     ],
     batch: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 8,
     mode: Annotated[
