@@ -13,9 +13,8 @@ from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.bench import MODES, Bench, measure
 from ..evaluation.settings import EvaluateSettings
-from ..evaluation.subject import open_single
+from ..evaluation.subject import check_versions, open_single
 from ..loading import dequantized, load_model
-from ..models import adapter_for
 from .calibration import pick_device, pick_dtype
 
 
@@ -49,19 +48,14 @@ def bench(
     settings = EvaluateSettings(steps=max(steps, 1), seed=seed, batch=batch, dtype=dtype, device=str(where))
     first = Path(checkpoints[0])
     subject = open_single(first, settings, batch, reporter=reporter)
-    models: dict[str, nn.Module] = {}
-    plain = dequantized(load_model(first)[0]).to(target).to(where).eval()
-    models[f"{dtype} ({first.name})"] = plain
-    shape = subject.adapter.latent_shape(subject.config)
-    for path in checkpoints:
+    packed = subject.source.quantization is not None
+    plain = dequantized(load_model(first)[0]).to(target).to(where).eval() if packed else subject.original
+    models: dict[str, nn.Module] = {f"{dtype} ({first.name})": plain}
+    if packed:
+        models[first.name] = subject.original
+    for path in checkpoints[1:]:
         model, source = load_model(path, dtype=target, device=where)
-        if (
-            source.class_name != subject.source.class_name
-            or adapter_for(source.config).latent_shape(source.config) != shape
-        ):
-            raise DitcompressError("E340", path, f"takes other inputs than {first}", "give versions of one model")
-        if source.quantization is None and Path(path) == first:
-            continue
+        check_versions(subject.source, source)
         models[_unused(Path(path).name, models)] = model
     facts = measure(
         subject, models, Bench(batch, tuple(m for m in MODES if m in chosen), seconds, steps, peers), reporter

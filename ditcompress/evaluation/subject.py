@@ -112,19 +112,24 @@ def open_subject(
     dtype = getattr(torch, settings.dtype)
     first, source = load_model(original, dtype=dtype, device=settings.device)
     second, result = load_model(compressed, dtype=dtype, device=settings.device)
-    adapter = adapter_for(source.config)
-    for key, same in (
-        ("_class_name", source.class_name == result.class_name),
-        ("latent shape", adapter.latent_shape(source.config) == adapter.latent_shape(result.config)),
-    ):
-        if not same:
-            raise DitcompressError(
-                "E340", compressed, f"{key} differs from the original's", "give two versions of one model"
-            )
+    check_versions(source, result)
     other = "" if scheduler else scheduler_difference(source.scheduler_folder, result.scheduler_folder)
     count = max(settings.pairs, settings.image_count, settings.inputs, 8)
     made = _driven(first, source, settings, scheduler, conditions, prompts, count, reporter)
     return replace(made, compressed=second, result=result, other_scheduler=other)
+
+
+def check_versions(original: Checkpoint, other: Checkpoint) -> None:
+    """E340 unless both are versions of one model: of one class, with the same inputs."""
+    adapter = adapter_for(original.config)
+    for key, same in (
+        ("_class_name", original.class_name == other.class_name),
+        ("latent shape", adapter.latent_shape(original.config) == adapter.latent_shape(other.config)),
+    ):
+        if not same:
+            raise DitcompressError(
+                "E340", other.path, f"{key} differs from the original's", "give two versions of one model"
+            )
 
 
 def open_single(
