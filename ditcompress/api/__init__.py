@@ -70,7 +70,7 @@ __all__ = [
     "staged",
 ]
 
-# where each is: a command imports what it runs, not what others would (half of the time of a short one)
+# where each is: a command imports what it runs, not what others would
 _HOMES = {
     "_facts": ("check_recipe", "quantize_facts"),
     "bench": ("bench",),

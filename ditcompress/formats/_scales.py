@@ -91,7 +91,11 @@ def row_scales(scale: Tensor, kind: str, reach: Tensor | float = 1.0) -> Tensor 
     if kind not in ("uint8", "uint4"):
         return None
     top = scale.amax(1, keepdim=True)
-    row = top / 255 if kind == "uint8" else torch.maximum((scale * reach).amax(1, keepdim=True) / INT8_TOP, top / 16)
+    row = (
+        top / 255
+        if kind == "uint8"
+        else torch.maximum((scale * reach).amax(1, keepdim=True) / INT8_TOP, top / UINT4_TOP)
+    )
     return row.clamp(SMALLEST[kind], _LARGEST).to(torch.float16).float()
 
 

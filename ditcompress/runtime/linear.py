@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.base import is_int8, resolve
 from ..formats.base import registry as formats
-from ..formats.base import resolve
 from ..hadamard import rotate, unpack_signs, unrotate
 from .kernels import DEVICES, KERNELS, Decode, choose
 from .ops.base import Made
@@ -51,6 +51,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=stored_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._params = resolve(scheme.weight)[1]
+        self.is_int8 = is_int8(scheme.weight)
         self.kernels = {device: choose(scheme, device) for device in DEVICES}
         self.decode_when: Decode = "call"
         self._made: dict[tuple[str, torch.dtype, bool], Made] = {}  # of the kernels, from the stored tensors
@@ -105,12 +106,6 @@ class PackedLinear(nn.Module):
         codes, grid = fmt.unpack(self.stored_tensors(), self._params, (self.out_features, self.in_features))
         values: Tensor = fmt.value(codes, grid, self._params)
         return values
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether the decoded weight is INT8 times a scale a row, exactly."""
-        fmt = FORMATS[self.scheme.weight.format]
-        return hasattr(fmt, "is_int8") and bool(fmt.is_int8(self._params))
 
     @property
     def decodes(self) -> bool:

@@ -17,9 +17,10 @@ from ditcompress.formats.base import resolve
 from ditcompress.hadamard import pack_signs, signs
 from ditcompress.plan import ActivationSpec, WeightSpec
 from ditcompress.runtime.activation import fake_quantize
-from ditcompress.runtime.kernels import choose, set_decode
+from ditcompress.runtime.kernels import ORDER, choose, set_decode
 from ditcompress.runtime.linear import PackedLinear, Scheme
 from ditcompress.runtime.ops import cpu_int8
+from ditcompress.runtime.ops.base import registry as kernels
 
 INT8 = WeightSpec("int", {"bits": 8, "layout": "row", "symmetric": True, "scale": "float32"})
 INT4 = WeightSpec("int", {"bits": 4, "layout": "group", "group": 16, "symmetric": False, "scale": "uint8"})
@@ -135,6 +136,10 @@ def test_a_bfloat16_input_gives_a_bfloat16_output_near_the_float32_one() -> None
         y = layer(x.bfloat16())
         assert y.dtype == torch.bfloat16
         assert (y.float() - layer(x)).norm() < 0.03 * layer(x).norm()
+
+
+def test_every_kernel_has_a_place_in_the_order() -> None:
+    assert sorted(ORDER) == kernels.names() and ORDER[-1] == "reference"
 
 
 def test_large_inputs_stay_finite_in_float16() -> None:

@@ -34,9 +34,7 @@ class Layer(Protocol):
     out_features: int
     scheme: Scheme
     bias: Tensor | None
-
-    @property
-    def is_int8(self) -> bool: ...
+    is_int8: bool
 
     def stored_tensors(self) -> dict[str, Tensor]: ...
 

@@ -18,10 +18,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ...formats.base import is_int8
 from ...plan import ActivationSpec
 from ..activation import quantize_token, quantize_token_asymmetric
 from ..scheme import Scheme
+from ._integers import integers
+from ._integers import prepare as prepare
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
@@ -62,23 +63,6 @@ def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
 def supports(scheme: Scheme, device: str) -> bool:
     """Integers on both sides, and a CPU that adds exactly."""
     return device == "cpu" and integers(scheme) and available()
-
-
-def integers(scheme: Scheme) -> bool:
-    """Tokens of at most 8 bits with one scale each, weights that are INT8 with a scale a row."""
-    tokens = scheme.activation
-    return tokens.mode == "token" and tokens.element == "int" and not tokens.group and is_int8(scheme.weight)
-
-
-def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
-    """`row_sum` (out,) float32 of the codes, where tokens have a zero; with `keep`, `codes` and `scale` too."""
-    made: Made = {}
-    if layer.scheme.activation.symmetric and not keep:
-        return made
-    codes, scale = layer.as_int8()
-    if not layer.scheme.activation.symmetric:
-        made["row_sum"] = codes.sum(1, dtype=torch.int32).float()
-    return {**made, "codes": codes.contiguous(), "scale": scale} if keep else made
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:

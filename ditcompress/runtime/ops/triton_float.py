@@ -9,10 +9,9 @@ from torch import Tensor
 from ..scheme import Scheme
 from . import reference
 from .base import Layer, Made, finished
-from .triton import available, expected
+from .triton import FORMATS, available, expected
 
 SAYS = "decoded by one kernel; for up to 64 rows multiplied as it is decoded (Triton)"
-FORMATS = ("int", "ternary", "vq", "nf4", "fp", "mx")
 
 
 def supports(scheme: Scheme, device: str) -> bool:

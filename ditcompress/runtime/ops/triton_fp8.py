@@ -29,13 +29,14 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     if not available(x.device):
         return reference.run(layer, x, {}, dtype)
-    from .triton import decode, fp8, library, rows
+    from .triton import fp8, library, rows
 
     scheme, width = layer.scheme, layer.in_features
     if scheme.rank or not rows.supported(width, 0, x.device):
         return reference.run(layer, x, {}, dtype)
     x = layer.transformed(x)
     codes, scale, _, _, _ = library.quantize_rows(x, element="e4m3")
-    weight, weight_scale = decode.decode_e4m3(scheme.weight, layer.stored_tensors(), (layer.out_features, width))
+    stored = layer.stored_tensors()
+    weight, weight_scale = stored["qweight"].view(torch.float8_e4m3fn), stored["scale"].float()
     y = fp8.product(codes, scale, weight, weight_scale, dtype=dtype)
     return finished(layer, y.reshape(*x.shape[:-1], layer.out_features), x, None, dtype)

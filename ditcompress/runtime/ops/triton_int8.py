@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..scheme import Scheme
 from . import reference
+from ._integers import integers
+from ._integers import prepare as prepare
 from .base import Layer, Made
-from .cpu_int8 import integers
-from .cpu_int8 import prepare as prepare
 from .triton import available, expected
 
 SAYS = "tokens rounded in one pass, integer product with everything after it fused (Triton)"

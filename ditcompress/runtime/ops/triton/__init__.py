@@ -17,6 +17,7 @@ import os
 
 import torch
 
+FORMATS = ("int", "ternary", "vq", "nf4", "fp", "mx")  # of weights that kernels decode
 OLDEST = (8, 0)  # compute capability: int8 and bf16 tensor cores, asynchronous copies
 
 

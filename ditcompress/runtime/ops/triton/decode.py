@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ....plan import WeightSpec
 from ...activation import TINY
+from . import FORMATS
 from ._common import LARGEST_ROW, round_even, stored
 from ._packed import Packed, decoded, describe, width_of
 
@@ -110,7 +111,7 @@ def _describe(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int,
 
 def supported(spec: WeightSpec, shape: tuple[int, int]) -> bool:
     """Whether weights of this format and shape are decoded here."""
-    return spec.format in ("int", "ternary", "vq", "nf4", "fp", "mx") and shape[1] <= LARGEST_ROW
+    return spec.format in FORMATS and shape[1] <= LARGEST_ROW
 
 
 def decode_int8(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

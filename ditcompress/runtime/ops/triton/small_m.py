@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....plan import WeightSpec
-from . import interpreted
+from . import FORMATS, interpreted
 from ._common import ACTIVATIONS, activate, power_of_two
 from ._packed import decoded, describe
 
@@ -82,7 +82,7 @@ def _few_rows(
 
 def supported(spec: WeightSpec, rows: int) -> bool:
     """Whether a weight of this format is multiplied with so many rows here."""
-    return rows <= MOST_ROWS and spec.format in ("int", "ternary", "vq", "nf4", "fp", "mx")
+    return rows <= MOST_ROWS and spec.format in FORMATS
 
 
 def product(
