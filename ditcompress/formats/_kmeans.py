@@ -14,14 +14,15 @@ def nearest(vectors: Tensor, weights: Tensor, codebook: Tensor) -> tuple[Tensor,
 
     vectors, weights: (M, d); codebook: (C, d). The distance is sum(weights * (vector - entry)**2).
     """
-    constant = (weights * vectors.square()).sum(1)
+    weighted = weights * vectors
+    constant = (weighted * vectors).sum(1)
+    left, right = torch.cat([weights, weighted], 1), torch.cat([codebook.square(), -2 * codebook], 1).T
     index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     distance = torch.empty_like(constant)
     step = max(1, _ELEMENTS // len(codebook))
     for start in range(0, len(vectors), step):
         part = slice(start, start + step)
-        score = weights[part] @ codebook.square().T - 2 * (weights[part] * vectors[part]) @ codebook.T
-        least, index[part] = score.min(1)
+        least, index[part] = (left[part] @ right).min(1)
         distance[part] = least + constant[part]
     return index, distance.clamp_min(0)
 

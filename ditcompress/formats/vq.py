@@ -22,6 +22,8 @@ from ._bits import pack_bits, packed_width, unpack_bits
 from .base import StrictParams
 
 CONJUGATE = 30  # steps of conjugate gradients when codebooks are fitted
+SETTLED = 1e-9  # of the first residual's square: the codebooks are rounded to float16 anyway
+DRAFT = 4096  # vectors that a draft is trained on
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -89,6 +91,12 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
     return Grid(stored, scale, rows)
 
 
+def draft(params: Params) -> Params:
+    """Parameters under which the error of a weight is estimated in a fraction of the time."""
+    few = min(params.samples or DRAFT, DRAFT)
+    return params.model_copy(update={"samples": few, "iterations": min(params.iterations, 4)})
+
+
 def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Tensor) -> Grid:
     """The grid with the codebooks of least tr((W - Q) H (W - Q)^T) for given codes, H (K, K).
 
@@ -113,10 +121,11 @@ def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Te
     book = grid.codebook.to(hessian).flatten()
     residual = scatter(weight.to(hessian) - gather(book))
     direction, power = residual.clone(), residual @ residual
+    enough = SETTLED * power
     for _ in range(CONJUGATE):
         image = scatter(gather(direction))
         bend = direction @ image
-        if power <= 0 or bend <= 0:
+        if power <= enough or bend <= 0:
             break
         step = power / bend
         book, residual = book + step * direction, residual - step * image
@@ -129,14 +138,14 @@ def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Te
 
 def nearest_in(target: Tensor, grid: Grid, params: Params, metric: Tensor) -> Tensor:
     """Codes (N, d), int32, of one vector in every row with the least (q - t) M (q - t)^T; target (N, d), metric
-    (d, d) positive definite. A last vector of fewer columns is compared on those."""
+    (d, d) positive definite, both float64. A last vector of fewer columns is compared on those."""
     width = target.shape[1]
-    root = torch.linalg.cholesky(metric.double())
-    target = target.double() if grid.row_scale is None else target.double() / grid.row_scale
-    parts = [
-        torch.cdist(t @ root, book.double()[:, :width] @ root).argmin(1)
-        for t, book in zip(target.split(grid.rows), grid.codebook, strict=True)
-    ]
+    target = target if grid.row_scale is None else target / grid.row_scale
+    parts = []
+    for part, book in zip(target.split(grid.rows), grid.codebook, strict=True):
+        entries = book[:, :width].to(target)
+        image = entries @ metric  # |q - t|^2 = q M q - 2 t M q + what is the same for all entries
+        parts.append(torch.addmm((image * entries).sum(1), part, image.T, alpha=-2).argmin(1))
     return torch.cat(parts)[:, None].expand(-1, width).to(torch.int32)
 
 

@@ -104,12 +104,13 @@ def descend(
     codes = codes.clone()
     error = weight.to(hessian.dtype) - fmt.value(codes, grid, params, shape)
     gradient = error @ hessian if sweeps else error
+    inverses = _inverses(hessian, width) if sweeps else {}
     for _ in range(sweeps):
         changed = False
         for start in range(0, shape[1], size):
             block = slice(start, min(start + size, shape[1]))
             before = error[:, block].clone()
-            if _descend_block(weight, codes, error, gradient, hessian, block, (grid, fmt, params, shape)):
+            if _descend_block(weight, codes, error, gradient, hessian, block, inverses, (grid, fmt, params, shape)):
                 gradient += (error[:, block] - before) @ hessian[block]
                 changed = True
         if not changed:
@@ -119,7 +120,7 @@ def descend(
 
 def _descend_block(
     weight: Tensor, codes: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor, block: slice,
-    target: tuple[Any, ModuleType, Any, tuple[int, int]],
+    inverses: dict[int, Tensor], target: tuple[Any, ModuleType, Any, tuple[int, int]],
 ) -> bool:  # fmt: skip
     """One pass over the columns of a block; changes `codes` and `error` there, and says whether any code moved."""
     grid, fmt, params, shape = target
@@ -128,8 +129,12 @@ def _descend_block(
     for k in range(block.start, block.stop, width):
         column = slice(k, min(k + width, block.stop))
         inner = slice(k - block.start, column.stop - block.start)
-        chosen = _best(weight[:, column] - error[:, column], local[:, inner], corner[inner, inner],
-                       (grid, fmt, params, shape, column))  # fmt: skip
+        metric = corner[inner, inner]
+        current = weight[:, column] - error[:, column]  # the best with all others fixed, before rounding, follows
+        if width == 1:
+            chosen = fmt.code((current + local[:, inner] / metric).float(), grid, params, shape, column)
+        else:
+            chosen = fmt.nearest_in(current + local[:, inner] @ inverses[k], grid, params, metric)
         if torch.equal(chosen, codes[:, column]):
             continue
         changed = True
@@ -140,14 +145,18 @@ def _descend_block(
     return changed
 
 
-def _best(
-    current: Tensor, gradient: Tensor, metric: Tensor, target: tuple[Any, ModuleType, Any, tuple[int, int], slice]
-) -> Tensor:
-    """The codes of one column or vector with all others fixed; `gradient` is that of the error times the Hessian."""
-    grid, fmt, params, shape, column = target
-    if metric.shape[0] == 1:
-        return fmt.code((current + gradient / metric).float(), grid, params, shape, column)
-    return fmt.nearest_in(current + torch.linalg.solve(metric, gradient, left=False), grid, params, metric)
+def _inverses(hessian: Tensor, width: int) -> dict[int, Tensor]:
+    """The inverse of every vector's own block of the Hessian, by first column; nothing for single columns."""
+    if width == 1:
+        return {}
+    whole = len(hessian) // width
+    starts = torch.arange(whole, device=hessian.device) * width
+    own = starts[:, None] + torch.arange(width, device=hessian.device)
+    blocks = torch.linalg.inv(hessian[own[:, :, None], own[:, None]])
+    found = dict(zip(starts.tolist(), blocks, strict=True))
+    if whole * width < len(hessian):
+        found[whole * width] = torch.linalg.inv(hessian[whole * width :, whole * width :])
+    return found
 
 
 def alternate(

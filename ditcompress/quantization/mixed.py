@@ -60,8 +60,11 @@ def stored_bits(decision: LayerDecision, shape: tuple[int, int]) -> int:
 def rounding_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> float:
     """Expected relative output error of rounding this weight to nearest in the decision's format."""
     fmt, params = resolve(decision.weight)
+    most = MOST
+    if hasattr(fmt, "draft"):  # fitting takes much longer than rounding
+        params, most = fmt.draft(params), MOST // 8
     sign = signs(weight.shape[1], 0) if decision.rotate else None
-    stride = max(1, weight.numel() // MOST)  # rows are independent: some of them tell enough of a large weight
+    stride = max(1, weight.numel() // most)  # rows are independent: some of them tell enough of a large weight
     layer = Layer(decision, weight[::stride].float(), statistics, sign=sign)
     gram, weight = layer.gram(), layer.effective_weight().float()
     hessian = damped(gram, 1e-6, layer.name) * gram.diagonal().mean()
