@@ -28,6 +28,7 @@ __all__ = [
     "quantize",
     "sample",
     "set_decode",
+    "set_fused",
 ]
 
 _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
@@ -38,6 +39,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".loading", __name__).load_model
     if name == "set_decode":
         return importlib.import_module(".runtime.kernels", __name__).set_decode
+    if name == "set_fused":
+        return importlib.import_module(".runtime.fused", __name__).set_fused
     if name in __all__:
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

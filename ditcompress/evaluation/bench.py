@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..console import Reporter
 from ..measures import output_sqnr_db
+from ..runtime.fused import fused
 from ..runtime.kernels import set_decode
 from ..runtime.linear import PackedLinear
 from . import peers
@@ -65,7 +66,7 @@ class Arm:
 def measure(subject: Subject, models: Mapping[str, nn.Module], bench: Bench, reporter: Reporter) -> dict[str, Any]:
     """The table. `models`: by name, all runnable on the subject's inputs; the first is the plain one."""
     names = linears(subject, next(iter(models.values())))
-    with torch.no_grad():
+    with torch.no_grad(), fused():
         reference = one_forward(subject, copy.deepcopy(next(iter(models.values()))).float(), bench.batch)()
         arms = list(_arms(models, names, bench, reporter))
         skipped = []

@@ -20,12 +20,13 @@ from ..formats import _floats
 from ..plan import ActivationSpec
 
 TINY = 1e-12  # scale of an all-zero token
-PART = 2**20  # elements that are quantized at a time
+PART = 2**17  # elements that are quantized at a time: what stays in a core's own cache
 
 
 def token_scale(x: Tensor, bits: int) -> Tensor:
     """Symmetric scale of each token, (..., 1) float32."""
-    return (x.abs().amax(-1, keepdim=True).float() / (2 ** (bits - 1) - 1)).clamp_min(TINY)
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # no copy of x, as abs would make
+    return (largest.float() / (2 ** (bits - 1) - 1)).clamp_min(TINY)
 
 
 def quantize_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def quantize_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     def some(x: Tensor) -> tuple[Tensor, ...]:
         scale = token_scale(x, bits)
-        return torch.div(x.float(), scale).round_().clamp_(-top, top).to(torch.int8), scale
+        return torch.div(x, scale).round_().clamp_(-top, top).to(torch.int8), scale
 
     codes, scale = _in_parts(some, x)
     return codes, scale
@@ -46,8 +47,7 @@ def quantize_token_asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Ten
     levels, half = 2**bits - 1, 2 ** (bits - 1)
 
     def some(x: Tensor) -> tuple[Tensor, ...]:
-        x = x.float()
-        low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
+        low, high = x.amin(-1, keepdim=True).float().clamp_max(0), x.amax(-1, keepdim=True).float().clamp_min(0)
         scale = ((high - low) / levels).clamp_min(TINY)
         zero = torch.round(-low / scale)
         codes = torch.div(x, scale).round_().add_(zero).clamp_(0, levels).sub_(half).to(torch.int8)
@@ -63,8 +63,14 @@ def _in_parts(quantize: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tu
     rows = max(1, PART // x.shape[-1])
     if x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling() or x.numel() <= rows * x.shape[-1]:
         return quantize(x)
-    parts = [quantize(part) for part in x.reshape(-1, x.shape[-1]).split(rows)]
-    return tuple(torch.cat(found).reshape(*x.shape[:-1], -1) for found in zip(*parts, strict=True))
+    flat = x.reshape(-1, x.shape[-1])
+    made: tuple[Tensor, ...] = ()
+    for start in range(0, len(flat), rows):
+        found = quantize(flat[start : start + rows])
+        made = made or tuple(part.new_empty(len(flat), part.shape[-1]) for part in found)
+        for whole, part in zip(made, found, strict=True):
+            whole[start : start + rows] = part
+    return tuple(whole.reshape(*x.shape[:-1], -1) for whole in made)
 
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ...plan import ActivationSpec
 from ..activation import quantize_token, quantize_token_asymmetric
+from ..fused import Fused
 from ..scheme import Scheme
 from ._integers import integers
 from ._integers import prepare as prepare
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
-PART, TOKENS = 1024, 1024  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
+PART, TOKENS = 1024, 512  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
 
@@ -71,28 +72,47 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     x = layer.transformed(x)
     codes, scale, zero = _tokens(x, layer.scheme.activation)
     flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
+    zeros = None if zero is None else zero.reshape(-1, 1)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
     size = PART if decodes else layer.out_features
-    y = torch.empty(len(flat), layer.out_features, dtype=dtype, device=x.device)
+    rank, bias = layer.scheme.rank, layer.bias
+    y = torch.empty(len(flat), layer.out_features, dtype=torch.float32 if rank else dtype, device=x.device)
     for start in range(0, layer.out_features, size):
-        stop = min(start + size, layer.out_features)
+        own = slice(start, min(start + size, layer.out_features))
         if "codes" in made:
-            weight, weight_scale = made["codes"][start:stop], made["scale"][start:stop]
+            weight, weight_scale = made["codes"][own], made["scale"][own]
         else:
-            weight, weight_scale = layer.as_int8(start, stop)
+            weight, weight_scale = layer.as_int8(own.start, own.stop)
+        row_sum = None if zeros is None else made["row_sum"][own]
         for first in range(0, len(flat), tokens):
             some = slice(first, first + tokens)
-            result = integer_product(flat[some], weight).float()
-            if zero is not None:
-                result.addcmul_(zero.reshape(-1, 1)[some], made["row_sum"][start:stop], value=-1)
-            y[some, start:stop] = result.mul_(scales[some]).mul_(weight_scale.reshape(-1))
+            _scaled(
+                integer_product(flat[some], weight), scales[some], weight_scale.reshape(-1),
+                None if zeros is None else zeros[some], row_sum, None if bias is None or rank else bias[own],
+                y[some, own],
+            )  # fmt: skip
     y = y.reshape(*x.shape[:-1], -1)
-    rounded = None
-    if layer.scheme.rank:
-        y, rounded = y.float(), codes.float() * scale if zero is None else (codes.float() - zero) * scale
+    if not rank:
+        return y
+    rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
     return finished(layer, y, x, rounded, dtype)
 
 
+def _scale(
+    sums: Tensor, scale: Tensor, weight_scale: Tensor, zero: Tensor | None, row_sum: Tensor | None, bias: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """`out` (tokens, out) from the int32 sums of codes; every step in float32."""
+    y = sums.float()
+    if zero is not None:
+        y = y.addcmul_(zero, row_sum, value=-1)  # type: ignore[arg-type]
+    y = y.mul_(scale).mul_(weight_scale)
+    out.copy_(y if bias is None else y.add_(bias.float()))
+
+
+_scaled, _symmetric, _asymmetric = Fused(_scale), Fused(quantize_token), Fused(quantize_token_asymmetric)
+
+
 def _tokens(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    return (*quantize_token(x, spec.bits), None) if spec.symmetric else quantize_token_asymmetric(x, spec.bits)
+    return (*_symmetric(x, spec.bits), None) if spec.symmetric else _asymmetric(x, spec.bits)
