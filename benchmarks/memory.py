@@ -1,6 +1,7 @@
-"""Peak memory and time of quantization on a random-weight DiT-XL/2-size checkpoint (675 M parameters).
+"""Peak memory and time of quantization on random weights of DiT-XL/2's size (675 M parameters) or FLUX.1's (12 B).
 
     python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16] [--offload disk] [--set KEY=VALUE]
+    python benchmarks/memory.py --size flux [--layers 5]     as many double blocks, twice as many single ones; 19: all
 
 The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
 and the operating system's account of that process is read afterwards (maximum resident set, wall time).
@@ -24,22 +25,33 @@ from ditcompress.checkpoint.writer import ShardWriter
 from ditcompress.models import build_meta
 from ditcompress.recipe import load_recipe
 
-CONFIG = {
+DIT = {
     "_class_name": "DiTTransformer2DModel", "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
     "in_channels": 4, "out_channels": 8, "patch_size": 2, "sample_size": 32, "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True,
     "num_embeds_ada_norm": 1000,
 }  # fmt: skip
+FLUX = {
+    "_class_name": "FluxTransformer2DModel", "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24,
+    "attention_head_dim": 128, "in_channels": 64, "patch_size": 1, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
+}  # fmt: skip
 
 
-def write_random(folder: Path, dtype: torch.dtype, layers: int) -> int:
-    """A checkpoint of random weights, never more than one tensor in memory; its number of parameters."""
-    config = {**CONFIG, "num_layers": layers}
+def sized(size: str, layers: int | None) -> dict[str, Any]:
+    """The config of a model of this size, with so many (double) blocks."""
+    if size == "flux":
+        return {**FLUX, "num_layers": layers or 19, "num_single_layers": 2 * (layers or 19)}
+    return {**DIT, "num_layers": layers or 28}
+
+
+def write_random(folder: Path, dtype: torch.dtype, config: dict[str, Any]) -> int:
+    """A checkpoint of random weights, never more than one shard in memory; its number of parameters."""
     (folder / "config.json").write_text(json.dumps(config))
     writer, total = ShardWriter(folder, max_shard_bytes=1 << 30), 0
     generator = torch.Generator().manual_seed(0)
     for name, tensor in build_meta(config).state_dict().items():
-        writer.add(name, (torch.randn(tensor.shape, generator=generator) * 0.02).to(dtype))
+        writer.add(name, torch.empty(tensor.shape, dtype=dtype).normal_(0, 0.02, generator=generator))
         total += tensor.numel()
     writer.finish()
     return total
@@ -61,15 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="w4a16-rtn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--size", default="dit-xl", choices=["dit-xl", "flux"])
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--offload", default="none", choices=["none", "cpu", "disk"])
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     more = [part for value in options.set for part in ("--set", value)]
     with tempfile.TemporaryDirectory() as scratch:
-        folder, out = Path(scratch) / "dit-xl", Path(scratch) / "out"
+        folder, out = Path(scratch) / options.size, Path(scratch) / "out"
         folder.mkdir()
-        total = write_random(folder, getattr(torch, options.dtype), options.layers)
+        total = write_random(folder, getattr(torch, options.dtype), sized(options.size, options.layers))
         if load_recipe(options.recipe).calibration is not None:  # few inputs: what follows costs the same with many
             few = ["calibration.samples=1", "calibration.steps=2", "calibration.weighting=none"]
             less = [part for value in few for part in ("--set", value)]

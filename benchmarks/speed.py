@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from memory import write_random
+from memory import sized, write_random
 
 from ditcompress import api
 from ditcompress.cli.bench import show
@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "dit-xl"
         plain.mkdir()
-        write_random(plain, torch.bfloat16, options.layers)
+        write_random(plain, torch.bfloat16, sized("dit-xl", options.layers))
         models = [plain]
         for name, weight in FORMS.items():
             recipe = Path(scratch) / f"{name}.yaml"
