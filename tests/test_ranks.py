@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,24 @@ def test_alone_nothing_is_exchanged() -> None:
     assert other.first and other.agree(5) == 5
 
 
-def test_work_in_stages_is_refused_under_a_launcher(tiny_dit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_is_not_shared_is_refused_under_a_launcher(
+    tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(DitcompressError, match=r"E203.*one process"):
         api.run_recipe(tiny_dit, load_recipe("tiny-w4a8"), dry_run=True)
     with pytest.raises(DitcompressError, match=r"E203.*one process"):
         api.demo()
+    commands: list[Callable[[], object]] = [
+        lambda: api.prune(tiny_dit, 0.5), lambda: api.moe(tiny_dit), lambda: api.plug(tiny_dit, tiny_dit),
+        lambda: api.bench([tiny_dit]), lambda: api.q_sched(tiny_dit, tiny_dit, out, steps=4),
+        lambda: api.sample(tiny_dit, out), lambda: api.export(tiny_dit, out),
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(DitcompressError, match=r"E203.*one process"):
+            command()
 
 
 def _called(rank: int, folder: str, arguments: list[str], port: int) -> None:

@@ -15,6 +15,7 @@ from ..evaluation.bench import MODES, Bench, measure
 from ..evaluation.settings import EvaluateSettings
 from ..evaluation.subject import check_versions, open_single
 from ..loading import dequantized, load_model
+from ..ranks import alone
 from .calibration import pick_device, pick_dtype
 
 
@@ -38,6 +39,7 @@ def bench(
     installed quantize that too. Errors are SQNRs of a forward pass to the plain arm in float32. E203 for an unknown
     mode, E340 for checkpoints that do not take the same inputs.
     """
+    alone("bench")
     where, reporter = pick_device(device), reporter or Silent()
     target = pick_dtype(dtype)
     able = tuple(m for m in MODES if m != "graph" or where.type == "cuda")

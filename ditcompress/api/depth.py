@@ -42,6 +42,7 @@ from ..pruning import (
     unit_costs,
 )  # fmt: skip
 from ..pruning import width as widths
+from ..ranks import alone
 from ..recipe import read_yaml
 from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
@@ -97,6 +98,8 @@ def prune(
     a new model. A killed run of a method that learns goes on when called again, unless `restart`. `offload` "cpu" or
     "disk": blocks are in memory only while they run. Raises E201 and E203 for bad options, E205 for what cannot go.
     """
+    if isinstance(model_or_path, str | Path):
+        alone("prune")
     reporter = reporter or Silent()
     method = method or ("prune-best" if width_ratio is None and offload == "none" else "oracle-greedy")
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter, offload)

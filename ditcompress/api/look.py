@@ -14,6 +14,7 @@ from ..errors import DitcompressError
 from ..exporters import registry as exporters
 from ..loading import meta_model, open_model, plain_model
 from ..models import account, adapter_for
+from ..ranks import alone
 from ..registry import nearest
 from ..runtime.blocks import idle_in_blocks
 from ..runtime.linear import PackedLinear
@@ -139,6 +140,7 @@ def export(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Write a compressed model in another format; facts about what was written. E205 for a model that is not ours."""
+    alone("export")
     reporter = reporter or Silent()
     exporter = exporters.get(format)
     checkpoint, _ = open_model(folder)

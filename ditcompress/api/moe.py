@@ -35,6 +35,7 @@ from ..mixture import (
 )
 from ..models import adapter_for
 from ..models.base import Layout
+from ..ranks import alone
 from ..report.experts import Coloured, page
 from ._conversion import Job, converted, entry_of, measured_facts, plan_of
 from ._experts import Plan, card, settings_from
@@ -78,6 +79,8 @@ def moe(
 
     A diffusers model in memory gives a converted copy of it as "model" beside the facts, and no files.
     """
+    if isinstance(path, str | Path):
+        alone("moe")
     reporter = reporter or Silent()
     checkpoint, meta = _opened(path)
     if distill_steps < 0:

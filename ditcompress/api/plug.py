@@ -25,6 +25,7 @@ from ..loading import load_model, open_model
 from ..models import Depth, adapter_for, depth_of, renamed, renumbered, shortened
 from ..pruning import parameters
 from ..pruning.ppcl import Interval, taken
+from ..ranks import alone
 from ..sharing import stored_once
 from ..structure import remove_blocks
 from ._pruned import NOTE, write_pruned
@@ -60,6 +61,7 @@ def plug(
     each saves, and the parameters of the result. Raises E203 for an interval that is not there, E205 for a checkpoint
     that is no plain result of PPCL, E340 for another original or a result that was trained since.
     """
+    alone("plug")
     pair = _opened(Path(original), Path(pruned))
     kept = pair.chosen(intervals)
     facts = pair.facts(kept)

@@ -19,6 +19,7 @@ from ..errors import DitcompressError
 from ..evaluation.q_sched import FALLBACK, METHODS, Found, Judge, Search, search_both, verdict
 from ..evaluation.settings import EvaluateSettings
 from ..evaluation.subject import Subject, open_subject
+from ..ranks import alone
 from ..recipe import Recipe
 from ..registry import nearest
 from ..runtime.coefficients import CLASSES, MODEL, SAMPLE, with_coefficients, without_coefficients
@@ -57,6 +58,7 @@ def q_sched(
     Where the gain on held-out images cannot be told from 0 the scheduler stays plain, which is all ones. Returns what
     q_sched.json holds. E203 for options out of range, E332 for a scheduler that takes no coefficients.
     """
+    alone("q-sched")
     search = Search(method, images, held_out, low, high, compatibility, quality)
     _check(search, steps)
     if not Path(compressed).is_dir():

@@ -16,6 +16,7 @@ from ..evaluation import layouts
 from ..evaluation.sampling import sample_set
 from ..evaluation.settings import EvaluateSettings
 from ..evaluation.subject import open_single
+from ..ranks import alone
 from .calibration import pick_device, pick_dtype, read_prompts
 
 
@@ -70,6 +71,7 @@ def sample(
 
     An interrupted run keeps its finished images. E205 for a model of latents without its VAE.
     """
+    alone("sample")
     pick_dtype(dtype)
     settings = EvaluateSettings(
         steps=steps, guidance=guidance, seed=seed, batch=batch, dtype=dtype, device=str(pick_device(device))
