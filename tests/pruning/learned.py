@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from ditcompress.distill.data import EVERY, Batch
@@ -21,6 +22,7 @@ class Random:
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.adapter, self.config = registry.get(name), dict(model.config)  # type: ignore[arg-type]
+        self.scheduler = DDPMScheduler()
 
     def batch(self, step: int, size: int, part: int = 0, rows: slice = EVERY) -> Batch:
         draw = torch.Generator().manual_seed(1000 * step + part)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -71,6 +73,20 @@ def test_gates_learn_and_the_weights_stay() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_errors_can_be_weighted_by_timestep() -> None:
+    model = deep("dit")
+    found = learning("dit", model)
+
+    def loss(weights: Callable[[torch.Tensor], torch.Tensor] | None) -> float:
+        with found.still(), gated(found) as gates:
+            task = Search(found, FEW, groups_of(found, 4), Random("dit", model), gates, None, weights)
+            return float(task.loss(0, 0).detach())
+
+    plain = loss(None)
+    assert loss(lambda timestep: torch.full_like(timestep, 3.0, dtype=torch.float32)) == pytest.approx(3 * plain)
+    assert plain > 0 and loss(lambda timestep: torch.zeros(len(timestep))) == 0
+
+
 def test_groups_follow_the_lists_and_give_up_what_the_ratio_asks() -> None:
     found = learning("flux", deep("flux"), 0.4)
     groups = groups_of(found, 2)
@@ -82,10 +98,11 @@ def test_groups_follow_the_lists_and_give_up_what_the_ratio_asks() -> None:
     assert Group(("a", "b", "c", "d"), 2).patterns.sum(1).tolist() == [2.0] * 6
 
 
-def test_blocks_that_add_nothing_are_found() -> None:
+@pytest.mark.parametrize("loss", ["output", "clean"])
+def test_blocks_that_add_nothing_are_found(loss: Literal["output", "clean"]) -> None:
     model = silenced(silenced(deep("dit"), "transformer_blocks.2"), "transformer_blocks.3")
     found = learning("dit", model, 0.4)
-    params = Params(updates=40, rows=8, learning_rate=1e-5)
+    params = Params(updates=40, rows=8, learning_rate=1e-5, loss=loss)
     choice = choose(found, method("tinyfusion", {})[0], params, 5.0)
     assert choice.blocks == ("transformer_blocks.2", "transformer_blocks.3") and choice.damage == 0.0
     (row,) = choice.scores.notes["groups"]
