@@ -36,7 +36,7 @@ from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.moe import Router
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
-from .sharing import apply_shared, copies_of, stored_once
+from .sharing import apply_shared, copies_of, stored_once, tie
 from .structure import narrow
 from .weights import Weights, set_tensor
 
@@ -254,7 +254,7 @@ def register() -> None:
 
 
 def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Replace the named linears; E320 when a name is no linear of the model."""
+    """Replace the named linears, each in all its places; E320 when a name is no linear of the model, or a copy's."""
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in schemes:
         if name not in linears:
@@ -262,6 +262,7 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
                 "E320", f"{WHERE}.layers", f"{name} is not a linear of this model", "compress the original again"
             )
     replace_linears(model, schemes)
+    tie(model)
 
 
 def apply_shapes(model: nn.Module, shapes: Mapping[str, int]) -> None:
@@ -334,6 +335,7 @@ def dequantized(model: nn.Module) -> nn.Module:
             if bias is not None:
                 linear.bias.data = bias.data
             model.set_submodule(path, linear)
+    tie(model)
     return model
 
 
@@ -355,13 +357,13 @@ def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
     apply_linear(model, config.linear)
     apply_experts(model, config.expert_layers())
     apply_routed(model, config.routed_parts())
-    apply_schemes(model, config.layer_schemes())
     apply_shared(model, config.shared)
+    apply_schemes(model, config.layer_schemes())
 
 
 def plain_model(config: Mapping[str, Any]) -> nn.Module:
-    """The model that `config` describes before any linear is packed, with its own widths and expert layers, without
-    any data."""
+    """The model that `config` describes before any linear is packed, with its own widths, expert layers and shared
+    modules, without any data."""
     model = build_meta(_plain(config))
     layers = DitcompressConfig.of(config)
     if layers is not None:
@@ -369,6 +371,7 @@ def plain_model(config: Mapping[str, Any]) -> nn.Module:
         apply_linear(model, layers.linear)
         apply_experts(model, layers.expert_layers())
         apply_routed(model, layers.routed_parts())
+        apply_shared(model, layers.shared)
     return model
 
 

@@ -43,7 +43,7 @@ from ..pruning import (
 )  # fmt: skip
 from ..pruning import width as widths
 from ..recipe import read_yaml
-from ..sharing import stored_once
+from ..sharing import copies_of, stored_once
 from ..structure import remove_blocks, without_blocks
 from . import _memory
 from ._pruned import write_pruned
@@ -109,7 +109,7 @@ def prune(
     path = Path(model_or_path)
     opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
-        raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+        raise DitcompressError("E322", path, "is narrower or shared already", "give the original checkpoint")
     layout = adapter_for(opened.config).layout(meta)
     width.check(layout)
     if ratio is not None and "training" not in job.module.NEEDS:
@@ -139,6 +139,8 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
+    if copies_of(model):
+        raise DitcompressError("E322", type(model).__name__, "its layers are shared already", "give the original model")
     source = ModuleSource(model)
     width.check(adapter_for(source.config).layout(model))
     context, choice = job.choice(model, source)
