@@ -214,11 +214,11 @@ def test_export_writes_every_place_and_distill_trains_what_is_stored(folder: tup
         sample_steps=2,
         device="cpu",
     )
-    old, new = (load_file(there / name / WEIGHTS) for name in ("shared", "trained"))
-    shared = json.loads((there / "trained" / "config.json").read_text())["quantization_config"]["shared"]
+    old, new = (load_file(there / name / WEIGHTS) for name in ("shared", "distilled"))
+    shared = json.loads((there / "distilled" / "config.json").read_text())["quantization_config"]["shared"]
     owner = next(iter(shared.values()))
     assert set(old) == set(new) and not torch.equal(old[f"{owner}.weight"], new[f"{owner}.weight"])
-    load_model(there / "trained")
+    load_model(there / "distilled")
 
 
 def broken(config: dict[str, Any]) -> None:
