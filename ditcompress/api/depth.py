@@ -45,6 +45,7 @@ from ..pruning import width as widths
 from ..recipe import read_yaml
 from ..sharing import copies_of, stored_once
 from ..structure import remove_blocks, without_blocks
+from ..text_stream import text_paths
 from . import _memory
 from ._pruned import write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
@@ -139,8 +140,9 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
-    if copies_of(model):
-        raise DitcompressError("E322", type(model).__name__, "its layers are shared already", "give the original model")
+    if copies_of(model) or text_paths(model):
+        name, what = type(model).__name__, "its layers are shared or linear already"
+        raise DitcompressError("E322", name, what, "give the original model")
     source = ModuleSource(model)
     width.check(adapter_for(source.config).layout(model))
     context, choice = job.choice(model, source)
@@ -382,7 +384,7 @@ def _write(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         dtypes = {cut.gone(name): checkpoint.tensors[old].dtype for name, old in names.items() if cut.gone(name)}
-        added = {f"{path}.{name}": tensor.to("cpu", dtypes[path])
+        added = {f"{path}.{name}": tensor.to("cpu", dtypes.get(path, tensor.dtype))
                  for path, linear in cut.linear.items() for name, tensor in linear.state_dict().items()}  # fmt: skip
         for name in sorted({*(name for name in names if not cut.gone(name)), *added}):
             if name in added:

@@ -222,7 +222,7 @@ def _readable(fields: Any, method: Any) -> bool:
 def _unpacked(fields: Any) -> bool:
     """Whether this is a model of ours with layers of other forms and no packed weight: it can be quantized."""
     ours = fields.get("quant_method") == "ditcompress"
-    structure = ("experts", "routed", "shapes", "linear", "shared")
+    structure = ("experts", "routed", "shapes", "linear", "text", "shared")
     return ours and not fields.get("layers") and any(fields.get(key) for key in structure)
 
 

@@ -46,7 +46,7 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
-    if config and (config.shapes or config.linear):
+    if config and (config.shapes or config.linear or config.text):
         what = "has layers that no plain config.json can describe"
         raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
