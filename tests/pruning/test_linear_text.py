@@ -1,4 +1,4 @@
-"""Text sides of two-stream blocks that become linear: what they compute, their fit, and that the result loads anywhere."""
+"""Text sides of two-stream blocks that become linear: what they compute, their fit, and that the result loads."""
 
 from __future__ import annotations
 
@@ -150,14 +150,15 @@ def test_it_trains_quantizes_and_loads_in_a_fresh_process(tmp_path: Path) -> Non
     model, _ = load_model(tmp_path / "packed")
     code = (
         "import ditcompress, torch; from diffusers import SD3Transformer2DModel as M\n"
-        f"m = M.from_pretrained({str(tmp_path / 'packed')!r}).eval()\n"
+        f"m = M.from_pretrained({str(tmp_path / 'packed')!r}).eval().requires_grad_(False)\n"
         "y = m(torch.ones(1, 4, 8, 8), torch.ones(1, 5, 48), torch.ones(1, 32), torch.tensor([500]))[0]\n"
         "print(float(y.double().sum()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     with torch.no_grad():
         y = model(torch.ones(1, 4, 8, 8), torch.ones(1, 5, 48), torch.ones(1, 32), torch.tensor([500]))[0]
-    assert done.stdout.split() == [repr(float(y.double().sum()))], done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(float(y.double().sum()), rel=1e-4)
     with pytest.raises(DitcompressError, match="E205"):
         api.export(tmp_path / "packed", tmp_path / "plain")
 
@@ -166,12 +167,8 @@ def test_qwen_blocks_have_a_text_side_too() -> None:
     from diffusers import QwenImageTransformer2DModel
 
     sizes: dict[str, Any] = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 3}
-    sizes |= {
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 24,
-        "axes_dims_rope": (4, 6, 6),
-    }
+    sizes |= {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24}
+    sizes["axes_dims_rope"] = (4, 6, 6)
     model = built(QwenImageTransformer2DModel, sizes, 0)
     (stretch,) = runs(model, families.get("generic").layout(model).blocks)
     made = stand_ins(model, stretch)
@@ -182,7 +179,7 @@ def test_qwen_blocks_have_a_text_side_too() -> None:
             y = model(
                 hidden_states=torch.ones(1, 16, 16), encoder_hidden_states=torch.ones(1, 5, 24),
                 encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.bool), timestep=torch.ones(1),
-                img_shapes=[[(1, 4, 4)]], txt_seq_lens=[5],
+                img_shapes=[[(1, 4, 4)]],
             )[0]  # fmt: skip
         seen.close()
         assert bool(y.isfinite().all())
@@ -223,7 +220,7 @@ def test_a_damaged_entry_is_refused_by_both_doors(how: str, tmp_path: Path) -> N
     if how == "missing":
         save_file({n: t for n, t in tensors.items() if n != gone}, out / WEIGHTS)
     elif how == "more":
-        save_file({**tensors, gone.replace("project", "linear"): tensors[gone]}, out / WEIGHTS)
+        save_file({**tensors, gone.replace("project", "linear"): tensors[gone] + 1}, out / WEIGHTS)
     else:
         entry = {"nowhere": ["a", "b"], "twice": listed[0], "turned": listed[0][::-1], "single": [f"single_{B}.0"] * 2}
         config["quantization_config"]["text"] = [*(listed if how == "twice" else []), entry[how]]
