@@ -207,7 +207,7 @@ def test_export_writes_every_place_and_distill_trains_what_is_stored(folder: tup
     api.distill(
         there / "original",
         there / "shared",
-        there / "trained",
+        there / "distilled",
         steps=2,
         batch=2,
         images=2,
