@@ -36,8 +36,9 @@ from .routed import RoutedPart, apply_routed, routed_paths
 from .runtime.linear import PackedLinear, replace_linears
 from .runtime.moe import Router
 from .runtime.scheme import WHERE, Scheme, Strict, refuse
-from .sharing import apply_shared, copies_of, stored_once
+from .sharing import apply_shared, copies_of, stored_once, tie
 from .structure import narrow
+from .text_stream import apply_groups, text_paths
 from .weights import Weights, set_tensor
 
 NAME = "ditcompress"
@@ -59,6 +60,7 @@ class _Fields(Strict):
     shared: dict[str, str] = Field(default_factory=dict)
     routed: dict[str, dict[str, Any]] = Field(default_factory=dict)
     linear: list[str] = Field(default_factory=list)
+    text: list[list[str]] = Field(default_factory=list)
 
 
 class DitcompressConfig(QuantizationConfigMixin):
@@ -79,6 +81,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         shared: Mapping[str, str] | None = None,
         routed: Mapping[str, Any] | None = None,
         linear: Sequence[str] | None = None,
+        text: Sequence[Sequence[str]] | None = None,
         quant_method: str = NAME,
         **unknown: Any,
     ) -> None:
@@ -94,6 +97,7 @@ class DitcompressConfig(QuantizationConfigMixin):
                 "shared": shared or {},
                 "routed": routed or {},
                 "linear": linear or [],
+                "text": text or [],
             }
             fields = _Fields.model_validate({**given, **optional})
         except ValidationError as error:
@@ -102,7 +106,7 @@ class DitcompressConfig(QuantizationConfigMixin):
         self.version, self.recipe = version, fields.recipe
         self.schemes, self.layers = fields.schemes, fields.layers
         self.shapes, self.experts, self.shared = fields.shapes, fields.experts, fields.shared
-        self.routed, self.linear = fields.routed, fields.linear
+        self.routed, self.linear, self.text = fields.routed, fields.linear, fields.text
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> DitcompressConfig | None:
@@ -129,7 +133,7 @@ class DitcompressConfig(QuantizationConfigMixin):
     def structure(self) -> dict[str, Any]:
         """The entries that say how the model differs from its class before any weight is compressed."""
         entries = {"shapes": self.shapes, "linear": self.linear, "experts": self.experts, "routed": self.routed,
-                   "shared": self.shared}  # fmt: skip
+                   "text": self.text, "shared": self.shared}  # fmt: skip
         return {key: value for key, value in entries.items() if value}
 
     to_diff_dict = to_dict
@@ -184,7 +188,7 @@ class DitcompressQuantizer(DiffusersQuantizer):
         self.stored = stored_dtypes(model)
         if self.present is not None:
             check_layer_names(model, config.layers, self.present)
-            parts = [*config.experts, *routed_paths(config.routed_parts()), *config.linear]
+            parts = [*config.experts, *routed_paths(config.routed_parts()), *config.linear, *text_paths(model)]
             check_expert_names(model, parts, self.present)
             _compare_names(set(), {*self.present} - {*stored_once(self.present, config.shared)})
 
@@ -254,7 +258,7 @@ def register() -> None:
 
 
 def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Replace the named linears; E320 when a name is no linear of the model."""
+    """Replace the named linears, each in all its places; E320 when a name is no linear of the model, or a copy's."""
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in schemes:
         if name not in linears:
@@ -262,6 +266,7 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
                 "E320", f"{WHERE}.layers", f"{name} is not a linear of this model", "compress the original again"
             )
     replace_linears(model, schemes)
+    tie(model)
 
 
 def apply_shapes(model: nn.Module, shapes: Mapping[str, int]) -> None:
@@ -275,6 +280,12 @@ def apply_shapes(model: nn.Module, shapes: Mapping[str, int]) -> None:
             what = f"{count} units of {name} do not fit this model"
             raise DitcompressError("E320", f"{WHERE}.shapes", what, "compress the original again")
     narrow(model, layout, {name: range(count) for name, count in shapes.items()})
+
+
+def _apply_text(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Linear text sides in the blocks of each group; E320 for a group that the model has not."""
+    if groups:
+        apply_groups(model, adapter_for(type(model).__name__).layout(model).blocks, groups)
 
 
 def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -334,6 +345,7 @@ def dequantized(model: nn.Module) -> nn.Module:
             if bias is not None:
                 linear.bias.data = bias.data
             model.set_submodule(path, linear)
+    tie(model)
     return model
 
 
@@ -353,22 +365,25 @@ def _rebuild(model: nn.Module, config: DitcompressConfig) -> None:
     """Give a plain model the modules that `config` describes."""
     apply_shapes(model, config.shapes)
     apply_linear(model, config.linear)
+    _apply_text(model, config.text)
     apply_experts(model, config.expert_layers())
     apply_routed(model, config.routed_parts())
-    apply_schemes(model, config.layer_schemes())
     apply_shared(model, config.shared)
+    apply_schemes(model, config.layer_schemes())
 
 
 def plain_model(config: Mapping[str, Any]) -> nn.Module:
-    """The model that `config` describes before any linear is packed, with its own widths and expert layers, without
-    any data."""
+    """The model that `config` describes before any linear is packed, with its own widths, expert layers and shared
+    modules, without any data."""
     model = build_meta(_plain(config))
     layers = DitcompressConfig.of(config)
     if layers is not None:
         apply_shapes(model, layers.shapes)
         apply_linear(model, layers.linear)
+        _apply_text(model, layers.text)
         apply_experts(model, layers.expert_layers())
         apply_routed(model, layers.routed_parts())
+        apply_shared(model, layers.shared)
     return model
 
 

@@ -116,14 +116,10 @@ def test_what_cannot_be_tied_is_refused(shared: dict[str, str]) -> None:
         apply_shared(deep("dit"), shared)
 
 
-def test_shared_weights_are_not_narrowed_pruned_or_quantized(folder: tuple[str, Path, Path], tmp_path: Path) -> None:
-    from ditcompress import quantize
-
+def test_shared_weights_are_not_narrowed_or_pruned_again(folder: tuple[str, Path, Path], tmp_path: Path) -> None:
     _, original, path = folder
     with pytest.raises(DitcompressError, match=r"E203 bad-option\]: --width-ratio"):
         prune(original, 0.3, tmp_path / "a", method="foldgpt", overrides=FEW, width_ratio=0.5)
     with pytest.raises(DitcompressError, match="E322"):
         prune(path, 0.3, tmp_path / "b")
-    with pytest.raises(DitcompressError, match="E322"):
-        quantize(path, "w8a16", tmp_path / "c")
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models.base import Layout
+from ..models.base import Layout, Site
 from ..plan import Plan
 from ..recipe import Recipe
 
@@ -29,3 +29,20 @@ def fallbacks(recipe: Recipe, plan: Plan, layout: Layout) -> list[str]:
         *(f"width {w} is transformed in blocks of {b} ({n} linears)" for (b, w), n in sorted(blocks.items())),
         *([f"rank {asked} is above width {least}: the width is used there"] if asked > least else []),
     ]  # fmt: skip
+
+
+def unfolded(plan: Plan, whole: Layout, layout: Layout) -> list[str]:
+    """A line where linears that stand in several places cannot fold their smoothing, which each place has producers of
+    its own for: `layout` is that of what is stored, `whole` that of all places."""
+    by_site, before = layout.by_name(), whole.by_name()
+    kept = [
+        layer.site
+        for layer in plan.layers
+        if layer.smooth == "fold" and _folds(before[layer.site], whole) and not _folds(by_site[layer.site], layout)
+    ]
+    what = f"{len(kept)} shared linears smooth their inputs at run time: each place has its own producer"
+    return [what] if kept else []
+
+
+def _folds(site: Site, layout: Layout) -> bool:
+    return bool(site.reads[0]) and bool(layout.axes[site.reads[0]].fold)

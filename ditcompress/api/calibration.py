@@ -27,6 +27,7 @@ from ..offload import check_offload, load_to_run
 from ..quantization import needs
 from ..ranks import ALONE, Ranks, joined
 from ..recipe import Calibration, Recipe, data_folder, load_recipe, make_plan
+from ..sharing import copies_of, tied
 from . import _memory
 from ._options import pick_device as pick_device
 from ._options import pick_dtype as pick_dtype
@@ -65,7 +66,7 @@ def calibrate(
             checkpoint, meta = open_model(path, allow_compressed=False)
             settings = settings_of(chosen.calibration or Calibration(), seed)
             if ranks.first:
-                layout = adapter_for(checkpoint.config).layout(meta)
+                layout = tied(adapter_for(checkpoint.config).layout(meta), copies_of(meta))
                 predict = _memory.of_calibration
                 _memory.tell(
                     reporter, lambda: predict(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)
@@ -116,7 +117,7 @@ def _calibrate(
     marks, journal = ranks.lead(started)
     with ranks.together():  # after the conditions: text encoders are gone by now
         model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
-        layout = adapter.layout(model)
+        layout = tied(adapter.layout(model), copies_of(model))
     statistics = collect(
         model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter,
         ranks=ranks,
@@ -240,7 +241,7 @@ def calibration_plan(
     check_offload(offload)
     chosen = load_recipe(recipe, overrides)
     checkpoint, meta = open_model(path, allow_compressed=False)
-    layout = adapter_for(checkpoint.config).layout(meta)
+    layout = tied(adapter_for(checkpoint.config).layout(meta), copies_of(meta))
     settings = settings_of(chosen.calibration or Calibration(), 0)
     memory = _memory.attempt(
         lambda: _memory.of_calibration(checkpoint, meta, layout, settings, pick_dtype(dtype), offload)

@@ -35,8 +35,9 @@ from ..quantization._trained import Tuned
 from ..ranks import Ranks, joined
 from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
 from ..report.card import quantized_card
+from ..sharing import copies_of, everywhere, tied
 from . import _bitsandbytes, _memory
-from ._notes import fallbacks
+from ._notes import fallbacks, unfolded
 from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
 from .calibration import cached_statistics, conditions_for, pick_device, settings_of
 from .q_sched import search_scheduler
@@ -131,7 +132,8 @@ def quantize(
     path = Path(model_or_path)
     pick_device(device)
     checkpoint, meta = open_model(path, allow_compressed=False)
-    layout = adapter_for(checkpoint.config).layout(meta)
+    whole = adapter_for(checkpoint.config).layout(meta)
+    layout = tied(whole, copies_of(meta))
     plan = checked_plan(chosen, layout)
     chosen = _memory.check_quantization(chosen, plan, (target_bits, target_size, target_db), offload, reporter)
     chosen = with_target(chosen, checkpoint, layout, plan, target_bits, target_size, target_db)
@@ -139,7 +141,7 @@ def quantize(
     if chosen.backend == "bitsandbytes" and checkpoint.quantization is not None:
         raise DitcompressError("E205", path, "is narrower or has expert layers", "use a recipe of another backend")
     plan = _bitsandbytes.settle(plan, layout, meta) if chosen.backend == "bitsandbytes" else plan
-    for note in fallbacks(chosen, plan, layout):
+    for note in (*fallbacks(chosen, plan, layout), *unfolded(plan, whole, layout)):
         reporter.note(note)
     predict = _memory.of_quantizing(checkpoint, meta, layout, plan, chosen, statistics, dtype, offload)
     if dry_run:
@@ -319,7 +321,7 @@ def _quantize_module(
         reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
     source = ModuleSource(model)
     adapter = adapter_for(source.config)
-    layout = adapter.layout(model)
+    layout = tied(adapter.layout(model), copies_of(model))
     plan = checked_plan(recipe, layout)
     if isinstance(statistics, (str, Path)):
         statistics = load_statistics(Path(statistics))
@@ -347,11 +349,11 @@ def _quantize_module(
     fields = with_structure(engine.quantization_config(recipe.name, outcome), source.config)
     config = DitcompressConfig(**fields)
     apply_schemes(compressed, config.layer_schemes())
-    compressed.load_state_dict(sink.tensors, strict=True, assign=True)
+    compressed.load_state_dict(everywhere(sink.tensors, config.shared), strict=True, assign=True)
     compressed.requires_grad_(False)
     as_loaded(compressed, config)
     size = sum(t.numel() * t.element_size() for t in sink.tensors.values())
-    before = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    before = sum(math.prod(header.shape) * header.dtype.itemsize for header in source.tensors.values())
     return QuantizeResult(None, compressed.eval(), plan, outcome.records, before, size)
 
 

@@ -44,8 +44,9 @@ from ..pruning import (
 from ..pruning import width as widths
 from ..ranks import alone
 from ..recipe import read_yaml
-from ..sharing import stored_once
+from ..sharing import copies_of, stored_once
 from ..structure import remove_blocks, without_blocks
+from ..text_stream import text_paths
 from . import _memory
 from ._pruned import write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
@@ -112,7 +113,7 @@ def prune(
     path = Path(model_or_path)
     opened, meta = open_model(path, allow_compressed=False)
     if opened.quantization is not None:
-        raise DitcompressError("E322", path, "its layers are narrower already", "give the original checkpoint")
+        raise DitcompressError("E322", path, "is narrower or shared already", "give the original checkpoint")
     layout = adapter_for(opened.config).layout(meta)
     width.check(layout)
     if ratio is not None and "training" not in job.module.NEEDS:
@@ -142,6 +143,9 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
+    if copies_of(model) or text_paths(model):
+        name, what = type(model).__name__, "its layers are shared or linear already"
+        raise DitcompressError("E322", name, what, "give the original model")
     source = ModuleSource(model)
     width.check(adapter_for(source.config).layout(model))
     context, choice = job.choice(model, source)
@@ -383,7 +387,7 @@ def _write(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         dtypes = {cut.gone(name): checkpoint.tensors[old].dtype for name, old in names.items() if cut.gone(name)}
-        added = {f"{path}.{name}": tensor.to("cpu", dtypes[path])
+        added = {f"{path}.{name}": tensor.to("cpu", dtypes.get(path, tensor.dtype))
                  for path, linear in cut.linear.items() for name, tensor in linear.state_dict().items()}  # fmt: skip
         for name in sorted({*(name for name in names if not cut.gone(name)), *added}):
             if name in added:

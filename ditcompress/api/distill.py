@@ -25,6 +25,7 @@ from ..distill.losses import parse_loss
 from ..distill.matching import Pairs, check_student, origins, pairs_of, read_kept
 from ..distill.noising import Noising
 from ..distill.settings import TRAJECTORIES, Options
+from ..distill.sharded import asked
 from ..distill.student import Student
 from ..distill.trainer import History, train
 from ..errors import DitcompressError
@@ -197,6 +198,10 @@ class _Run:
     ) -> None:  # fmt: skip
         self.pair, self.options, self.device, self.ranks, self.reporter = pair, options, device, ranks, reporter
         self.conditions, self.scheduler = conditions, scheduler
+        self.sharded = asked(ranks)
+        if self.sharded and options.optimizer != "adamw":
+            what = "does not divide its moments among processes"
+            raise DitcompressError("E205", f"--optimizer {options.optimizer}", what, "use adamw with --use_fsdp")
         self.scheduler_folder = Path(scheduler) if scheduler else pair.teacher.scheduler_folder
 
     def marks(self, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +229,7 @@ class _Run:
             batch=options.batch, steps=options.steps, lora=options.lora, decay=options.decay_features,
             seed=options.seed, autocast=dtype != torch.float32, checkpointing=options.checkpointing, ranks=self.ranks,
             clean_weights=self._noising().clean_weights if "clean" in parse_loss(options.loss) else None,
+            sharded=self.sharded,
         )  # fmt: skip
         before = task.measure(held_out)
         with open_log(target, self.ranks.first, self.reporter) as log:

@@ -19,6 +19,7 @@ from ..registry import nearest
 from ..runtime.blocks import idle_in_blocks
 from ..runtime.linear import PackedLinear
 from ..runtime.moe import MoEFeedForward, idle_parameters, routed_parts, router_parameters
+from ..sharing import copies_of, tied
 from .calibration import pick_dtype
 
 
@@ -27,7 +28,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     checkpoint, model = open_model(path)
     empty = plain_model(checkpoint.config)
     adapter = adapter_for(checkpoint.config)
-    layout = adapter.layout(empty)
+    layout = tied(adapter.layout(empty), copies_of(empty))
     blocks: dict[str, int] = {}
     for block in layout.blocks:
         blocks[block.rpartition(".")[0]] = blocks.get(block.rpartition(".")[0], 0) + 1

@@ -19,6 +19,7 @@ from ..pruning import method
 from ..pruning.width import UNITS, Context, Narrowing, count_of, cut_axes, emptied, narrowed_config, narrowing, registry
 from ..sharing import apply_shared
 from ..structure import narrow, narrow_index
+from ..text_stream import apply_text
 
 METHOD = "obs-diff"  # the default
 
@@ -60,7 +61,7 @@ class Width:
 
     def check(self, layout: Layout) -> None:
         """E203 where a whole axis would go, by the table of the whole model."""
-        if self.ratio is None or hasattr(self.module, "linear"):
+        if self.ratio is None or hasattr(self.module, "linear") or hasattr(self.module, "text"):
             return
         axis = emptied(cut_axes(layout, self.units), self.ratio)
         if axis is not None:
@@ -85,16 +86,16 @@ def with_ratio(width: Width, ratio: float) -> Width:
 @dataclass(frozen=True)
 class Cut:
     """The configuration after the cut, what is left of each tensor as (dimension, indices), new values of tensors in
-    their old shapes, and the facts. `linear`: linears in the place of feed-forwards, by path."""
+    their old shapes, and the facts. `linear`: modules in the place of feed-forwards and text sides, by path."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
     left: Mapping[str, Sequence[tuple[int, Tensor]]] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    linear: Mapping[str, nn.Linear] = field(default_factory=dict)
+    linear: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def gone(self, name: str) -> str:
-        """The linear that takes the place of the tensor `name` and others, or ""."""
+        """The module that takes the place of the tensor `name` and others, or ""."""
         return next((path for path in self.linear if name.startswith(f"{path}.")), "")
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
@@ -120,6 +121,7 @@ def _narrowing(context: Context, width: Width) -> tuple[Narrowing, dict[str, Any
     own = None if not found.damage else ratio_db(found.damage)
     facts = {**width.settings(), "output_sqnr_db": own, "axes": rows}
     facts |= {"linear": list(found.linear)} if found.linear else {}
+    facts |= {"text": [list(group) for group in found.text]} if found.text else {}
     return found, {"width": facts, "stock": True, "output_sqnr_db": None}
 
 
@@ -128,9 +130,10 @@ def sharing_config(config: Mapping[str, Any], shared: Mapping[str, str]) -> dict
     return {**config, "quantization_config": DitcompressConfig({}, {}, recipe="prune", shared=shared).to_dict()}
 
 
-def _linear_config(linear: Mapping[str, nn.Linear]) -> DitcompressConfig:
-    """That of a model in which these stand for feed-forwards."""
-    return DitcompressConfig({}, {}, recipe="prune", linear=sorted(linear))
+def _linear_config(found: Narrowing) -> DitcompressConfig:
+    """That of a model in which linears stand for feed-forwards or text sides."""
+    text = [list(group) for group in found.text]
+    return DitcompressConfig({}, {}, recipe="prune", linear=sorted(found.linear), text=text)
 
 
 def tied_model(model: nn.Module, shared: Mapping[str, str]) -> None:
@@ -145,9 +148,12 @@ def cut_of(config: dict[str, Any], width: Width, ready: Callable[[], Context]) -
         return Cut(config, NOTHING)
     context = ready()
     found, facts = _narrowing(context, width)
-    if found.linear:
-        config = {**config, "quantization_config": _linear_config(found.linear).to_dict()}
-        return Cut(config, facts | {"stock": False}, linear=found.linear)
+    if found.linear or found.text:
+        config = {**config, "quantization_config": _linear_config(found).to_dict()}
+        new: dict[str, nn.Module] = {**found.linear}
+        for inside in found.text.values():
+            new |= inside
+        return Cut(config, facts | {"stock": False}, linear=new)
     if not found.kept:
         return Cut(config, facts, {}, found.tensors)
     left: dict[str, list[tuple[int, Tensor]]] = {}
@@ -165,10 +171,11 @@ def narrowed_model(model: nn.Module, width: Width, ready: Callable[[], Context])
         return NOTHING
     context = ready()
     found, facts = _narrowing(context, width)
-    if found.linear:
+    if found.linear or found.text:
         for path, linear in found.linear.items():
             model.set_submodule(path, linear)
-        as_loaded(model, _linear_config(found.linear))
+        apply_text(model, list(found.text), found.text)
+        as_loaded(model, _linear_config(found))
         return facts | {"stock": False}
     with torch.no_grad():
         state = model.state_dict()

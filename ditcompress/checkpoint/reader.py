@@ -220,10 +220,10 @@ def _readable(fields: Any, method: Any) -> bool:
 
 
 def _unpacked(fields: Any) -> bool:
-    """Whether this is a model of ours with expert or narrower layers and no packed weight: it can be quantized."""
+    """Whether this is a model of ours with layers of other forms and no packed weight: it can be quantized."""
     ours = fields.get("quant_method") == "ditcompress"
-    tied = fields.get("layers") or fields.get("shared")
-    return ours and not tied and any(fields.get(key) for key in ("experts", "routed", "shapes", "linear"))
+    structure = ("experts", "routed", "shapes", "linear", "text", "shared")
+    return ours and not fields.get("layers") and any(fields.get(key) for key in structure)
 
 
 # --- against the model -----------------------------------------------------------------------------------------------

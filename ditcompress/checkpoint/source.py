@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+COPIES = "ditcompress_shared"  # of a model in which modules stand in several places: those that are not stored
+
 
 class TensorSource(Protocol):
     """What compression reads: a configuration and tensors by name."""
@@ -49,7 +51,9 @@ class ModuleSource:
     def __init__(self, model: nn.Module) -> None:
         config = dict(model.config)  # type: ignore[arg-type]
         self.config: dict[str, Any] = {**config, "_class_name": type(model).__name__}
-        self._state = model.state_dict()
+        state = model.state_dict()
+        copies = tuple(f"{path}." for path in getattr(model, COPIES, ()))
+        self._state = {name: tensor for name, tensor in state.items() if not (copies and name.startswith(copies))}
         self.tensors = {name: Shape(t.dtype, tuple(t.shape)) for name, t in sorted(self._state.items())}
 
     @property

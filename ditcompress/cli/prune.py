@@ -124,6 +124,8 @@ def _show(result: PruneResult) -> None:
             print_table(title, ["units", "kept", "axes"], [[*key, count] for key, count in sorted(alike.items())])
         if linear := width.get("linear"):
             print_table(title, ["feed-forwards that became one linear"], [[path] for path in linear])
+        if text := width.get("text"):
+            print_table(title, ["text side kept", "linear up to"], text)
     loads = "stock diffusers loads it" if facts["stock"] else "loads after `import ditcompress`"
     print_text("nothing was written" if result.path is None else f"written to {result.path}: {loads}")
 

@@ -14,21 +14,25 @@ from torch import Tensor, nn
 
 from ..errors import DitcompressError
 from ..ranks import ALONE, Ranks
+from ..sharing import copies_of
+from ..text_stream import text_paths
 from .data import Batch, Data
 from .lora import Adapters
 from .losses import FEATURES, BlockOutputs, output_loss
 from .matching import Pairs
+from .sharded import shard, whole
 from .trainer import Plain
 
 
 class Student(Plain):
-    """What `train` trains: all of `model`, or low-rank adapters and the vectors of its blocks with `lora` > 0."""
+    """What `train` trains: all of `model`, or low-rank adapters and the vectors of its blocks with `lora` > 0;
+    `sharded`: its parameters are divided among the processes."""
 
     def __init__(
         self, model: nn.Module, teacher: nn.Module, data: Data, losses: Mapping[str, float], pairs: Pairs, *,
         blocks: Sequence[str], batch: int, steps: int, lora: int = 0, decay: bool = False, seed: int = 0,
         autocast: bool = False, checkpointing: bool = False, ranks: Ranks = ALONE,
-        clean_weights: Callable[[Tensor], Tensor] | None = None,
+        clean_weights: Callable[[Tensor], Tensor] | None = None, sharded: bool = False,
     ) -> None:  # fmt: skip
         self.clean_weights = clean_weights
         self.model, self.teacher = model.eval().requires_grad_(False), teacher.eval().requires_grad_(False)
@@ -37,6 +41,9 @@ class Student(Plain):
         if checkpointing:
             _checkpoint(model)
         self.adapters = Adapters(model, blocks, lora, seed) if lora else None
+        if sharded:
+            _check_sharded(model, lora)
+            shard(model.requires_grad_(True), blocks)
         self.direct = _direct(model, blocks if lora else None)
         for tensor in self.direct.values():
             tensor.requires_grad_(True)
@@ -109,7 +116,7 @@ class Student(Plain):
         merged = self.adapters.merge() if self.adapters else []
         self.adapters = None
         state: dict[str, Any] = self.model.state_dict()
-        return {name: state[name] for name in (*self.direct, *merged)}
+        return {name: whole(state[name]) for name in (*self.direct, *merged)}
 
     def release(self) -> None:
         """Take the hooks off both models."""
@@ -124,6 +131,17 @@ def _direct(model: nn.Module, vectors_of: Sequence[str] | None) -> dict[str, Ten
         return dict(found)
     inside = tuple(f"{block}." for block in vectors_of)
     return {name: tensor for name, tensor in found.items() if tensor.ndim < 2 and name.startswith(inside)}
+
+
+def _check_sharded(model: nn.Module, lora: int) -> None:
+    """E205 for what is not divided among processes."""
+    reasons = {
+        "--lora": lora > 0, "a model with shared weights": bool(copies_of(model)),
+        "a model with linear text sides": bool(text_paths(model)),
+    }  # fmt: skip
+    for what, found in reasons.items():
+        if found:
+            raise DitcompressError("E205", what, "cannot be divided by FSDP", "launch without --use_fsdp")
 
 
 def _checkpoint(model: Any) -> None:

@@ -22,6 +22,7 @@ from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..ranks import ALONE, Ranks
 from .settings import Settings
+from .sharded import divided, is_shard, part_like, whole
 
 Log = Callable[[int, float, float], None]  # step, loss, learning rate
 
@@ -110,8 +111,8 @@ def train(
             for name, average in averages.items():
                 average.lerp_(parameters[name].detach(), 1 - min(settings.ema, (step + 1) / (step + 10)))
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                if ranks.first:
-                    _save(journal, task, optimizer, averages, losses)
+                if ranks.first or any(map(is_shard, parameters.values())):
+                    _save(journal, task, optimizer, averages, losses, ranks.first)
                 ranks.share(None)
             if log is not None:
                 log(step, value, settings.learning_rate * rate_at(step, settings))
@@ -159,8 +160,8 @@ def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step
     total = ranks.mean(total, tensors[0].device)
     if not math.isfinite(total):
         return math.nan
-    ranks.mean_([p.grad for p in tensors if p.grad is not None])
-    norm = nn.utils.clip_grad_norm_(tensors, settings.clip)
+    ranks.mean_([p.grad for p in tensors if p.grad is not None and not is_shard(p.grad)])
+    norm = whole(nn.utils.clip_grad_norm_(tensors, settings.clip))
     if not bool(norm.isfinite()):
         return math.nan
     optimizer.step()
@@ -169,18 +170,21 @@ def _step(task: Task, settings: Settings, optimizer: torch.optim.Optimizer, step
 
 def _save(
     journal: Path | None, task: Task, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor],
-    losses: Sequence[float],
+    losses: Sequence[float], first: bool = True,
 ) -> None:  # fmt: skip
-    """One file, renamed into place; its losses are in it, so that it is whole or not there."""
+    """One file, renamed into place; its losses are in it, so that it is whole or not there. Where tensors are divided
+    all processes come, and the `first` one writes."""
     if journal is None:
         return
     state = {
-        "parameters": {name: tensor.detach() for name, tensor in task.parameters().items()},
-        "optimizer": optimizer.state_dict(),
-        "averages": dict(averages),
+        "parameters": whole(task.parameters(), first),
+        "optimizer": whole(optimizer.state_dict(), first),
+        "averages": whole(averages, first),
         "extra": task.extra(),
         "losses": json.dumps(list(losses)),
     }
+    if not first:
+        return
     torch.save(state, journal / "training.part")
     os.replace(journal / "training.part", journal / "training.pt")
 
@@ -194,11 +198,11 @@ def _load(
     state = torch.load(journal / "training.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, tensor in task.parameters().items():
-            tensor.copy_(state["parameters"][name])
+            tensor.copy_(part_like(state["parameters"][name], tensor))
         for name in averages:
-            averages[name].copy_(state["averages"][name])
+            averages[name].copy_(part_like(state["averages"][name], averages[name]))
     rates = [group["base"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(divided(state["optimizer"], optimizer))
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["base"] = rate  # a run that diverged may go on with a lower one
     task.restore(state["extra"])

@@ -51,12 +51,13 @@ class LayerOutput:
 
 @contextmanager
 def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of the named modules of the next forward pass, float32 on CPU."""
+    """Outputs of the named modules of the next forward pass, float32 on CPU: in their own place, which is the first,
+    where they stand in several."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = output.detach().float().cpu()
+            outputs.setdefault(name, output.detach().float().cpu())
 
         return hook
 

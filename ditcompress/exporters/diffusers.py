@@ -19,6 +19,7 @@ from ..errors import DitcompressError
 from ..loading import DitcompressConfig, expected_shapes, meta_model
 from ..models import build_meta
 from ..runtime.linear import PackedLinear
+from ..sharing import everywhere
 from ._verify import cast, check_written, digest
 
 NEEDS_FOLDER = True
@@ -45,7 +46,7 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
     folder.mkdir(exist_ok=True)
     model = meta_model(checkpoint.config)
     config = DitcompressConfig.of(checkpoint.config)
-    if config and (config.shapes or config.linear):
+    if config and (config.shapes or config.linear or config.text):
         what = "has layers that no plain config.json can describe"
         raise DitcompressError("E205", checkpoint.folder, what, "load it after `import ditcompress`")
     layers = config.layers if config else {}
@@ -63,15 +64,11 @@ def export(checkpoint: Checkpoint, target: Path, dtype: torch.dtype) -> dict[str
         digests[name] = digest(value)
         writer.add(name, value)
 
-    for name in layers:
-        add(f"{name}.weight", decoded(checkpoint, name, _packed(model, name)))
-    for name in checkpoint.tensors:
-        if name not in stored:
-            add(name, checkpoint.read(name))
-    for copy, owner in (config.shared if config else {}).items():
-        for name in checkpoint.tensors:
-            if name.startswith(f"{owner}."):
-                add(copy + name[len(owner) :], checkpoint.read(name))
+    plain = [*(f"{name}.weight" for name in layers), *(name for name in checkpoint.tensors if name not in stored)]
+    for name, owner in everywhere({name: name for name in plain}, config.shared if config else {}).items():
+        layer = owner.removesuffix(".weight")
+        packed = layer in layers and owner != layer
+        add(name, decoded(checkpoint, layer, _packed(model, layer)) if packed else checkpoint.read(owner))
     files = writer.finish()
     _write_rest(checkpoint, target, folder)
     again = open_checkpoint(folder)

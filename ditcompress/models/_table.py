@@ -46,7 +46,7 @@ class Table:
     """Collects sites and axes while a family walks its model; `finish` gives the Layout."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))  # one module may stand in several places
         self.sites: dict[str, Site] = {}
         self.axes: dict[str, Axis] = {}
 

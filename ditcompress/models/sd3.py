@@ -57,11 +57,17 @@ def joint_block(table: Table, block: str, embedding: str) -> None:
     dim = table.columns(f"{block}.attn.to_q")
     norm, context = f"{block}.norm1", f"{block}.norm1_context"
     chunks = table.rows(f"{norm}.linear") // dim
-    context_only = table.rows(f"{context}.linear") == 2 * dim
+    straight = table.has(f"{context}.project")  # text_stream.py
+    context_only = not straight and table.rows(f"{context}.linear") == 2 * dim
     table.site(f"{norm}.linear", "modulation", (embedding,), ("",), block)
-    table.site(f"{context}.linear", "modulation", (embedding,), ("",), block)
+    if straight:
+        table.site(f"{context}.project", "ffn_in", block=block)
+    else:
+        table.site(f"{context}.linear", "modulation", (embedding,), ("",), block)
     image = table.adaln_input(f"{norm}.out", norm, shift=0, scale=1, chunks=chunks)
-    if context_only:  # AdaLayerNormContinuous: scale, shift
+    if straight:
+        text = table.axis(f"{context}.out", table.columns(f"{context}.project"), "channel")
+    elif context_only:  # AdaLayerNormContinuous: scale, shift
         text = table.adaln_input(f"{context}.out", context, shift=1, scale=0, chunks=2)
     else:
         text = table.adaln_input(f"{context}.out", context, shift=0, scale=1, chunks=6)
@@ -71,7 +77,9 @@ def joint_block(table: Table, block: str, embedding: str) -> None:
         table.attention(f"{block}.attn2", second, block)
     hidden = table.adaln_input(f"{block}.norm2.out", norm, shift=3, scale=4, chunks=chunks)
     table.feed_forward(f"{block}.ff", hidden, block)
-    if not context_only:
+    if straight and table.has(f"{block}.ff_context"):
+        table.site(f"{block}.ff_context", "ffn_in", block=block)
+    elif not straight and not context_only:
         hidden = table.adaln_input(f"{block}.norm2_context.out", context, shift=3, scale=4, chunks=6)
         table.feed_forward(f"{block}.ff_context", hidden, block)
 

@@ -8,7 +8,7 @@ With `share` s > 1, s neighbours of those that stay use the attention and feed-f
 each keeps its own norms and modulation. That divides the memory of these linears by s, not the time; config.json says
 which module stands in which places (`shared`), so the result needs `import ditcompress` to load, and each tensor is
 stored once. The cure then trains the shared linears and all vectors against the whole model's prediction; without it
-(`cure: false`) sharing destroys a model. A model with shared weights cannot be quantized or distilled further.
+(`cure: false`) sharing destroys a model. A model with shared weights can be quantized and distilled, not pruned again.
 
 The paper trains on text and has no official code; here the states are those of the model's own trajectories, and the
 cure looks at the prediction, not at the outputs of the last layers.

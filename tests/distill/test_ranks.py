@@ -13,11 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 from ditcompress import api
+from ditcompress.distill import trainer
+from ditcompress.distill.settings import Settings
+from ditcompress.distill.sharded import asked, shard, whole
+from ditcompress.distill.student import _check_sharded
+from ditcompress.distill.trainer import Plain
+from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
+from ditcompress.ranks import ALONE, Ranks
 
+from ..processes import in_two
 from .models import cached, shortened
 
 FEW: dict[str, Any] = {"steps": 6, "batch": 8, "images": 5, "sample_steps": 4, "refresh": 3, "device": "cpu",
@@ -50,6 +58,94 @@ def test_two_processes_are_one(tmp_path: Path, data: str) -> None:
     moved = load_file(tmp_path / "student" / WEIGHTS)
     assert far < 0.05 * max((weights[0][name] - moved[name]).abs().max().item() for name in moved)
     assert not list(tmp_path.glob(".two*"))
+
+
+DIVIDED = {**FEW, "steps": 4, "ema": 0.9, "accumulate": 2, "save_every": 2, "checkpointing": True}
+
+
+def distilled(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A student whose weights are divided, as under `accelerate launch --use_fsdp`."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    try:
+        made = api.distill(digits_folder(), folder / "student", folder / "two", **DIVIDED)
+    finally:
+        del os.environ["ACCELERATE_USE_FSDP"]
+    return {"losses": made.history.losses}
+
+
+def states(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A run of divided weights that goes on from a state of its own, and from that of one process."""
+    facts: dict[str, Any] = {}
+    for name in ("whole", "own"):
+        journal = folder / name
+        journal.mkdir(exist_ok=True)
+        ranks.share(None)
+        losses = []
+        for steps in (3, 6):
+            task = Fit(ranks, divided=True)
+            losses = list(trainer.train(task, settings(steps), journal=journal, ranks=ranks).losses)
+        facts[name] = losses
+        facts[f"{name} sum"] = float(whole(task.net[0].weight).double().sum())
+        facts["part"] = task.net[0].weight.to_local().numel()
+    refused: dict[str, str] = {}
+    for name, value in (("FSDP_OFFLOAD_PARAMS", "true"), ("ACCELERATE_USE_FSDP", "true")):
+        os.environ[name] = value
+    try:
+        asked(ranks)
+    except DitcompressError as error:
+        refused["offload"] = error.code
+    del os.environ["FSDP_OFFLOAD_PARAMS"], os.environ["ACCELERATE_USE_FSDP"]
+    return {**facts, **refused, "asked": asked(ranks)}
+
+
+class Fit(Plain):
+    """A small regression; each process takes its rows."""
+
+    def __init__(self, ranks: Ranks, divided: bool) -> None:
+        torch.manual_seed(0)
+        self.ranks, self.net = ranks, nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+        if divided:
+            shard(self.net, ["0", "1"])
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.net.named_parameters())
+
+    def loss(self, step: int, part: int) -> torch.Tensor:
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))[self.ranks.rows(4)]
+        return self.net(x).square().mean()
+
+
+def settings(steps: int) -> Settings:
+    return Settings(steps=steps, batch=4, learning_rate=1e-2, schedule="constant", ema=0.5, save_every=3)
+
+
+def test_two_processes_that_divide_the_weights_are_one_and_leave_whole_states(tmp_path: Path) -> None:
+    shortened(digits_folder() / "transformer", tmp_path / "student", [0, 4, 8])
+    one = api.distill(digits_folder(), tmp_path / "student", tmp_path / "one", **DIVIDED)
+    (tmp_path / "whole").mkdir()
+    trainer.train(Fit(ALONE, divided=False), settings(3), journal=tmp_path / "whole")
+    both = in_two(tmp_path, [states, distilled])
+    for facts in both["distilled"]:
+        assert facts["losses"] == pytest.approx(list(one.history.losses), rel=1e-4)
+    weights = [load_file(tmp_path / name / WEIGHTS) for name in ("one", "two")]
+    assert {n: t.shape for n, t in weights[0].items()} == {n: t.shape for n, t in weights[1].items()}
+    far = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    moved = load_file(tmp_path / "student" / WEIGHTS)
+    assert far < 0.05 * max((weights[0][name] - moved[name]).abs().max().item() for name in moved)
+    task = Fit(ALONE, divided=False)
+    wanted = list(trainer.train(task, settings(6)).losses)
+    for facts in both["states"]:
+        assert facts["whole"] == pytest.approx(wanted, rel=1e-5) and facts["own"] == pytest.approx(wanted, rel=1e-5)
+        assert facts["own sum"] == pytest.approx(float(task.net[0].weight.detach().double().sum()), rel=1e-5)
+        assert facts["part"] in (14, 21) and facts["offload"] == "E203" and facts["asked"] is False
+    state = torch.load(tmp_path / "own" / "training.pt", weights_only=True)
+    assert state["parameters"]["0.weight"].shape == (5, 7) and state["averages"]["0.weight"].shape == (5, 7)
+
+
+def test_what_is_not_divided_is_refused() -> None:
+    with pytest.raises(DitcompressError, match=r"E205 .*--lora: cannot be divided"):
+        _check_sharded(nn.Linear(2, 2), 4)
+    _check_sharded(nn.Linear(2, 2), 0)
 
 
 def test_a_launcher_s_environment_is_joined_and_errors_reach_every_process(tmp_path: Path) -> None:

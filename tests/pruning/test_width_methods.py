@@ -27,7 +27,7 @@ from ditcompress.structure import narrow
 
 from .models import deep, inputs, run
 
-METHODS = [name for name in registry.names() if name != "linear_ffn"]  # it narrows nothing
+METHODS = [name for name in registry.names() if not name.startswith("linear_")]  # they narrow nothing
 FAMILIES = ["dit", "flux", "pixart", "sd3"]
 FEW = {"samples": 1, "steps": 3, "timesteps": 2, "batch": 2, "updates": 2, "images_each": 1, "prompts": 2,
        "sample_steps": 2}  # fmt: skip

@@ -8,10 +8,10 @@ once. Shapes: K columns, with bias K + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -25,15 +25,43 @@ from ._axes import Scope
 from .base import Context, WidthParams
 
 Weighting = Literal["timestep", "output"]
+Item = TypeVar("Item")
 CHUNK = 8  # images of a backward pass at once
 
 
 class RefitParams(ProbeParams, WidthParams):
-    """`damp`: share of the mean diagonal added to C, towards the old weight."""
+    """`damp`: share of the mean diagonal added to C, towards the old weight; `hold`: MiB of Gram matrices in memory at
+    a time, at least those of one block (less memory means more sweeps over the recorded inputs)."""
 
     samples: int = Field(24, ge=1, le=100_000)
     damp: float = Field(0.001, ge=0)
     scope: Scope = "global"
+    hold: int = Field(1024, ge=0)
+
+
+def batched(parts: Iterable[tuple[Item, int]], most: int) -> list[list[Item]]:
+    """Items with their bytes in consecutive groups of at most `most` bytes, or of one item that is larger."""
+    groups: list[list[Item]] = []
+    held = 0
+    for item, size in parts:
+        if not groups or held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += size
+    return groups
+
+
+def sweeps(layout: Layout, axes: Sequence[Axis], hold: int) -> list[list[Axis]]:
+    """`axes` in the groups whose Gram matrices are in memory together: consecutive blocks, of no more than `hold` MiB
+    or than the largest block has."""
+    by_block: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_block.setdefault(readers(layout, axis.name)[0].block, []).append(axis)
+    sizes = {block: sum(8 * (site.in_features + 1) ** 2 for site in all_readers(layout, inside))
+             for block, inside in by_block.items()}  # fmt: skip
+    most = max(hold * 2**20, max(sizes.values(), default=0))
+    return [[axis for block in group for axis in by_block[block]] for group in batched(sizes.items(), most)]
 
 
 def all_readers(layout: Layout, axes: Sequence[Axis]) -> list[Site]:

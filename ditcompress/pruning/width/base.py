@@ -6,6 +6,8 @@ the whole sampler and learns; "journal": it goes on where it was killed) and
     scores(context, axes, params) -> {axis: Tensor(units,)}         importance of each unit, higher = keep
     linear(context, axes, params) -> {path: nn.Linear}              optional, instead of the choice by scores: linears
                                                                     that take the place of whole feed-forwards
+    text(context, params) -> {(anchor, last block): {path: module}} optional, instead of the choice by scores: what
+                                                                    stands for the text sides of groups of blocks
     rewrite(context, axes, kept, params) -> {tensor: new value}     optional: new values of tensors, by the names and in
                                                                     the shapes that they have before the cut
 
@@ -29,6 +31,7 @@ from ...linear_ffn import standing_in
 from ...models.base import Axis, Layout
 from ...registry import Registry
 from ...structure import narrow_index, readers, spans
+from ...text_stream import Group, text_replaced
 from .. import base as depth
 from ._axes import Scope, count_of, kept_units
 
@@ -70,6 +73,7 @@ class Narrowing:
     tensors: Mapping[str, Tensor]
     damage: float | None
     linear: Mapping[str, nn.Linear] = field(default_factory=dict)
+    text: Mapping[Group, Mapping[str, nn.Module]] = field(default_factory=dict)
 
 
 def places(layout: Layout, axis: Axis) -> list[tuple[str, int, int]]:
@@ -99,6 +103,11 @@ def narrowing(context: Context, module: ModuleType, axes: Sequence[Axis], params
         context.references()
         with standing_in(context.model, linear):
             return Narrowing({}, {}, context.damage(()), linear)
+    if hasattr(module, "text"):
+        text = module.text(context, params)
+        context.references()
+        with text_replaced(context.model, text):
+            return Narrowing({}, {}, context.damage(()), text=text)
     found = module.scores(context, axes, params)
     for axis in axes:
         if found[axis.name].shape != (count_of(axis),):

@@ -26,7 +26,7 @@ from ...models.base import Axis, Layout
 from . import obs_diff
 from ._axes import count_of
 from ._masks import BETA, HIGH, LOW, Gates, gate, through_sampler
-from ._refit import RefitParams, refit
+from ._refit import RefitParams
 from .base import Context, places
 
 NEEDS = ("probes", "sampler")
@@ -88,7 +88,7 @@ def rewrite(
                 tensors[name] = context.read(name).index_fill(0, gone, 0.0)
     if not params.refit:
         return tensors
-    return tensors | refit(context, kept, obs_diff.reader_grams(context, axes, "output"), params.damp)
+    return tensors | obs_diff.compensated(context, axes, kept, "output", params)
 
 
 def modulations(layout: Layout) -> list[Gates]:

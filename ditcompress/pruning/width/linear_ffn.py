@@ -30,10 +30,10 @@ from ...experts import convertible
 from ...linear_ffn import blank, standing_in
 from ...models.base import Axis
 from ...offload import device_of
-from ...structure import readers
+from ...structure import readers, writers
 from ..base import Probe, ProbeParams
 from ._axes import count_of
-from ._refit import CHUNK, damped
+from ._refit import CHUNK, batched, damped
 from .base import Context
 
 NEEDS = ("probes", "journal")
@@ -41,11 +41,13 @@ NEEDS = ("probes", "journal")
 
 class Params(ProbeParams):
     """`ridge` in units of the mean diagonal of the inputs' Gram matrix; `weighting` of tokens: output or none;
-    `again`: whether the others are measured again after each choice (n + (n - 1) + ... sweeps instead of n)."""
+    `hold`: MiB of normal equations in memory at a time, at least those of one feed-forward; `again`: whether the others
+    are measured again after each choice (n + (n - 1) + ... sweeps instead of n)."""
 
     samples: int = Field(24, ge=1, le=100_000)
     ridge: float = Field(1e-4, gt=0)
     weighting: Literal["output", "none"] = "output"
+    hold: int = Field(1024, ge=0)
     again: bool = True
 
 
@@ -147,15 +149,30 @@ def _singles(context: Context, axes: Sequence[Axis], params: Params) -> Mapping[
 def _fits(context: Context, axes: Sequence[Axis], params: Params) -> Mapping[str, nn.Linear]:
     """The fitted linear of every feed-forward; made once for a context."""
     if "linear fits" not in context.cache:
-        places, found = _places(context, axes), {}
-        for path, sums in _sums(context, places, params).items():
-            found[path] = blank(context.model, context.layout, places[path])
-            solved = sums.solve(params.ridge)
-            with torch.no_grad():
-                found[path].weight.copy_(solved[:-1].T)
-                found[path].bias.copy_(solved[-1])
+        places, found = _places(context, axes), dict[str, nn.Linear]()
+        for part in batched(_sizes(context, places).items(), params.hold * 2**20):
+            found |= _fitted(context, {path: places[path] for path in part}, params)
         context.cache["linear fits"] = found
     return context.cache["linear fits"]  # type: ignore[no-any-return]
+
+
+def _sizes(context: Context, places: Mapping[str, str]) -> dict[str, int]:
+    """Bytes of the normal equations of each feed-forward."""
+    sites = {path: readers(context.layout, axis)[0] for path, axis in places.items()}
+    inputs = {path: writers(context.layout, axis)[0].in_features + 1 for path, axis in places.items()}
+    return {path: 8 * wide * (wide + sites[path].out_features) for path, wide in inputs.items()}
+
+
+def _fitted(context: Context, places: Mapping[str, str], params: Params) -> dict[str, nn.Linear]:
+    """The solutions of normal equations that are gathered in one sweep."""
+    found = {}
+    for path, sums in _sums(context, places, params).items():
+        found[path] = blank(context.model, context.layout, places[path])
+        solved = sums.solve(params.ridge)
+        with torch.no_grad():
+            found[path].weight.copy_(solved[:-1].T)
+            found[path].bias.copy_(solved[-1])
+    return found
 
 
 def _sums(context: Context, places: Mapping[str, str], params: Params) -> dict[str, Sums]:
