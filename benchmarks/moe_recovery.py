@@ -39,7 +39,8 @@ from ditcompress.measures import ratio_db
 WIDTH = "width"
 # Of the experts' training, before what --set says: all of the model learns, as all of the narrower one does.
 RECIPE = ("training.everything=true", "training.ema=0.99", "training.clean=1", "training.output=0.1",
-          "training.features=0.1", "training.balance=0.003", "training.router_rate=0.00001")  # fmt: skip
+          "training.features=0.1", "training.balance=0.003", "training.router_rate=0.00001",
+          "training.learning_rate=0.0001")  # fmt: skip
 
 
 class Duel:

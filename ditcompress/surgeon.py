@@ -46,14 +46,14 @@ class Surgeon:
 
 
 def turns(readers: Sequence[Surgeon], count: int, size: int, chunk: int) -> Tensor:
-    """Error (count,) float64 that each unit's removal adds when its turn comes, `chunk` of the least at a time, never
-    falling along the turns; the last that is left is infinite. Errors of several readers are added."""
+    """Error (count,) float64 that each unit's removal adds when its turn comes, `chunk` of the least at a time, always
+    rising along the turns; the last that is left is infinite. Errors of several readers are added."""
     result, left, worst = torch.full((count,), math.inf, dtype=torch.float64), list(range(count)), 0.0
     while len(left) > 1 and readers:
         errors = torch.stack([reader.errors(left, size) for reader in readers]).sum(0)
         order = torch.argsort(errors, stable=True)[: min(chunk, len(left) - 1)].tolist()
         for place in order:
-            worst = max(worst, float(errors[place]))
+            worst = max(math.nextafter(worst, math.inf), float(errors[place]))
             result[left[place]] = worst
         gone = {left[place] for place in order}
         for reader in readers:
