@@ -69,7 +69,7 @@ class ExpertLayer:
         return ExpertLayer(**fields.model_dump())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "of" or value}
+        return asdict(self)
 
     @property
     def neurons(self) -> int:

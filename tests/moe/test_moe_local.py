@@ -175,8 +175,8 @@ def test_what_a_token_meets_is_counted_against_the_dense_layer(local: Path, tiny
 
 
 def test_it_is_quantized_like_any_other(local: Path, tmp_path: Path) -> None:
-    api.quantize(local, "int8", tmp_path / "int8")
-    a, b = predicted(local), predicted(tmp_path / "int8")
+    api.quantize(local, "w8a16", tmp_path / "w8a16")
+    a, b = predicted(local), predicted(tmp_path / "w8a16")
     assert 0 < float((a - b).norm() / a.norm()) < 0.05
 
 
@@ -190,7 +190,6 @@ def test_other_numbers_are_refused(numbers: dict[str, int], tiny_dit: Path) -> N
 def test_an_entry_with_more_neurons_than_there_are_is_refused() -> None:
     good = ExpertLayer(0, 3, 16, 1, offset=True, of=32)
     assert ExpertLayer.from_json(good.to_json(), "x") == good
-    assert "of" not in ExpertLayer(1, 3, 4, 1).to_json()
     with pytest.raises(DitcompressError) as caught:
         ExpertLayer.from_json({**good.to_json(), "width": 33}, "x")
     assert caught.value.code == "E320"
