@@ -1,10 +1,10 @@
 """Experts against a narrower model of the same work, both after the same training.
 
-    python benchmarks/moe_recovery.py [--seeds 0 1 2] [--steps 300] [--experts 16 --shared 2 --active 6]
-    python benchmarks/moe_recovery.py --ways moe-best width --set training.balance=0.03
+    python benchmarks/moe_recovery.py [--seeds 0 1 2] [--steps 300] [--experts 8 --shared 0 --active 1]
+    python benchmarks/moe_recovery.py --ways moe-best width --experts 16 --shared 2 --active 6
 
-"moe-best" and the other methods of feed-forwards: half of the neurons of every feed-forward active, trained as
-`moe --distill-steps` trains with RECIPE. "width": `prune --width-units neurons --width-method obs-diff` down to the
+"moe-local" and the other methods of feed-forwards: half of the neurons active, trained as `moe --distill-steps` trains
+with RECIPE. "width": `prune --width-units neurons --width-method obs-diff` down to the
 active parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps
 and batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy,
 and Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert
@@ -38,8 +38,9 @@ from ditcompress.measures import ratio_db
 
 WIDTH = "width"
 # Of the experts' training, before what --set says: all of the model learns, as all of the narrower one does.
-RECIPE = ("training.everything=true", "training.ema=0.99", "training.features=0.1", "training.balance=0.003",
-          "training.router_rate=0.0005")  # fmt: skip
+RECIPE = ("training.everything=true", "training.ema=0.99", "training.clean=1", "training.output=0.1",
+          "training.features=0.1", "training.balance=0.003", "training.router_rate=0.00001",
+          "training.learning_rate=0.0001")  # fmt: skip
 
 
 class Duel:
@@ -47,9 +48,11 @@ class Duel:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.rows: list[dict[str, Any]] = []
         self.bench = Bench(options.model, options.images, None, options.loss)
         self.numbers = {name: getattr(options, name) for name in ("experts", "shared", "active")}
         self.known = dict(self.numbers, steps=options.steps, batch=options.batch, images=options.images,
+                          rate=options.rate, loss=options.loss,
                           set=[*RECIPE, *options.set])  # fmt: skip
 
     def judged(self, model: nn.Module) -> dict[str, float]:
@@ -88,8 +91,7 @@ class Duel:
     def narrow(self, seed: int) -> dict[str, Any]:
         """Width pruning; the share of the neurons that stays is the first of all shares that has enough parameters."""
         by, options = self.bench.by, self.options
-        wanted = self.experts("random", 0, 0)["parameters"]["active"]
-        pruned = api.prune(by.model, width_ratio=self.ratio(wanted), width_units="neurons", seed=seed)
+        pruned = api.prune(by.model, width_ratio=self.ratio(self.wanted(seed)), width_units="neurons", seed=seed)
         student = pruned.model
         assert student is not None
         layouts = [by.adapter.layout(m).blocks for m in (student, by.model)]
@@ -102,6 +104,14 @@ class Duel:
         task.release()
         return {"before": before, "after": self.judged(student),
                 "active_parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
+
+    def wanted(self, seed: int) -> int:
+        """Active parameters of the experts: of this seed's row where there is one."""
+        for row in self.rows:
+            if row["way"] != WIDTH and row["seed"] == seed:
+                return int(row["active_parameters"])
+        first = next((way for way in self.options.ways if way != WIDTH), "random")
+        return int(self.experts(first, seed, 0)["parameters"]["active"])
 
     def ratio(self, wanted: int) -> float:
         """The share of the neurons that goes, so that `wanted` parameters stay or a neuron more."""
@@ -129,15 +139,15 @@ def show(rows: list[dict[str, Any]], accuracy: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=digits_folder())
-    parser.add_argument("--ways", nargs="+", default=["moe-best", WIDTH])
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--shared", type=int, default=2)
-    parser.add_argument("--active", type=int, default=6)
+    parser.add_argument("--ways", nargs="+", default=["moe-local", WIDTH])
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--shared", type=int, default=0)
+    parser.add_argument("--active", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--set", action="append", default=[], help="of the experts' training, as `moe --set`")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the narrower model")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the narrower model")
     parser.add_argument("--loss", default="clean=1,output=0.1,normalised=0.1", help="of the narrower model")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rows", type=Path, default=Path("moe_recovery.jsonl"))
@@ -147,6 +157,7 @@ def main() -> None:
     duel = Duel(options)
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
     rows = [row for row in rows if row["settings"] == duel.known]
+    duel.rows = rows
     done = {(row["way"], row["seed"]) for row in rows}
     for seed in options.seeds:
         for way in options.ways:

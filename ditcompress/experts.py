@@ -32,6 +32,7 @@ class _Fields(Strict):
     offset: bool = False
     copies: bool = False
     choice: Choice = "token"
+    of: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ExpertLayer:
     """One entry of `quantization_config.experts`: neurons of the shared expert, number of routed experts, neurons of
     each, how many run for a token, the gate, whether experts carry an output bias of their own (minus the mean that
     the layer's bias already holds), and whether all of them started from the same neurons (`copies`).
-    `choice`: whether tokens choose experts or experts tokens."""
+    `choice`: whether tokens choose experts or experts tokens. `of`: neurons of the dense feed-forward where experts
+    hold neurons that others hold too, else 0."""
 
     shared: int
     experts: int
@@ -49,6 +51,7 @@ class ExpertLayer:
     offset: bool = False
     copies: bool = False
     choice: Choice = "token"
+    of: int = 0
 
     @staticmethod
     def from_json(value: Any, where: str) -> ExpertLayer:
@@ -60,6 +63,9 @@ class ExpertLayer:
         if fields.active > fields.experts:
             what = f"is {fields.active}, there are {fields.experts} experts"
             raise DitcompressError("E320", f"{where}.active", what, "convert the original again")
+        if fields.of and fields.shared + fields.width > fields.of:
+            what = f"is {fields.width}, beside {fields.shared} shared ones of {fields.of} neurons"
+            raise DitcompressError("E320", f"{where}.width", what, "convert the original again")
         return ExpertLayer(**fields.model_dump())
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class ExpertLayer:
     @property
     def neurons(self) -> int:
         """Of the dense feed-forward."""
-        return self.shared + (1 if self.copies else self.experts) * self.width
+        return self.of or self.shared + (1 if self.copies else self.experts) * self.width
 
     @property
     def active_neurons(self) -> int:
@@ -77,7 +83,10 @@ class ExpertLayer:
 
     def groups(self) -> list[range]:
         """Neurons in their stored order: of the shared expert (where there is one), then of each expert (of copies:
-        once)."""
+        once); those of overlapping ones as if all held the first after the shared."""
+        if self.of:
+            own = range(self.shared, self.shared + self.width)
+            return ([range(self.shared)] if self.shared else []) + [own] * self.experts
         starts = [self.shared + e * self.width for e in range(1 if self.copies else self.experts)]
         return ([range(self.shared)] if self.shared else []) + [range(s, s + self.width) for s in starts]
 
@@ -121,13 +130,15 @@ def _parent(model: nn.Module, path: str) -> nn.Module:
 
 
 def build(
-    model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, order: Sequence[int] | None = None
-) -> MoEFeedForward:
-    """The expert layer of a feed-forward whose neurons are taken in `order` (their own without it); router and offsets
-    are zero. The model is left as it is. Works on the meta device."""
+    model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, order: Sequence[int] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> MoEFeedForward:  # fmt: skip
+    """The expert layer of a feed-forward whose neurons are taken in `order` (their own without it), or that has these
+    `groups` of them; router and offsets are zero. The model is left as it is. Works on the meta device."""
     path = feed_forward_path(model, axis, layout)
     order = range(spec.neurons) if order is None else order
-    parts, bias = expert_modules(model, axis, layout, [[order[i] for i in group] for group in spec.groups()])
+    groups = [[order[i] for i in group] for group in spec.groups()] if groups is None else groups
+    parts, bias = expert_modules(model, axis, layout, groups, overlap=bool(spec.of))
     (out,), into = readers(layout, axis), writers(layout, axis)[0]
     inner = out.name[len(path) + 1 :]
     shared, experts = (parts[0], parts[1:]) if spec.shared else (None, parts)
@@ -140,6 +151,7 @@ def build(
             expert.get_submodule(inner).bias = nn.Parameter(zero, requires_grad=False)  # type: ignore[assignment]
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
     made = MoEFeedForward(shared, experts, bias, into.in_features, spec.active, spec.gate, spec.copies, spec.choice)
+    made.dense = spec.neurons / spec.width
     return made.to(weight.device)
 
 

@@ -278,13 +278,15 @@ def split_ffn(
 
 
 def expert_modules(
-    model: nn.Module, axis: str | Axis, layout: Layout, partition: Sequence[Sequence[int]]
+    model: nn.Module, axis: str | Axis, layout: Layout, partition: Sequence[Sequence[int]], *, overlap: bool = False
 ) -> tuple[list[nn.Module], Tensor | None]:
     """One narrow copy of the feed-forward of `axis` per group of `partition`, without its output bias (features,),
-    which comes beside them. Their sum and the bias are the dense module; the model is left as it is."""
+    which comes beside them. Their sum and the bias are the dense module, unless groups `overlap`; the model is left as
+    it is."""
     axis = _axis(layout, axis)
     path = feed_forward_path(model, axis, layout)
-    _check_units(axis, [unit for group in partition for unit in group], every=True)
+    for units in partition if overlap else [[unit for group in partition for unit in group]]:
+        _check_units(axis, units, every=not overlap)
     dense = model.get_submodule(path)
     (reader,) = readers(layout, axis.name)
     inner = reader.name[len(path) + 1 :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from ..checkpoint.source import ModuleSource
 from ..console import Reporter
 from ..distill.data import Data, Trajectories
 from ..distill.latents import Latents
+from ..distill.noising import Noising
 from ..distill.trainer import train
 from ..errors import DitcompressError
 from ..experts import ExpertLayer, convertible
@@ -26,6 +27,7 @@ from ..mixture import (
     ONE,
     Experts,
     Numbers,
+    Weighed,
     Weights,
     begin_blocks,
     block_groups,
@@ -33,10 +35,13 @@ from ..mixture import (
     head_importance,
     measured,
     neuron_importance,
+    neurons_of,
+    prepared,
     running,
     seed_of,
     specs_for,
     stages_of,
+    weighed_tokens,
 )
 from ..models.base import Layout
 from ..routed import apply_routed, routable_attentions
@@ -95,7 +100,9 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     """What the method makes of a model; without `importance` heads are taken in their order."""
     specs: dict[str, ExpertLayer] = {}
-    if hasattr(method, "split"):
+    if hasattr(method, "layers"):
+        specs = method.layers(neurons_of(model, layout), numbers, params)
+    elif hasattr(method, "split"):
         offset, copies = (bool(getattr(params, name, False)) for name in ("offsets", "copies"))
         gate = settings.gate or getattr(method, "gate", lambda _: "one")(params)
         three = (numbers.experts or 0, numbers.shared or 0, numbers.active or 0)
@@ -152,15 +159,33 @@ def converted(
                 size=IMPORTANCE_SIZE, seed=job.seed,
             )  # fmt: skip
     plan = plan_of(by.model, layout, job.method, job.params, job.settings, job.numbers, job.blocks_active, importance)
+    weighed = _weighed(job, layout, by, axes) if "weighed" in needs else {}
+    ready: dict[str, Any] = {}
+    if weighed:
+        tokens = {path: found.tokens for path, found in weighed.items()}
+        specs, ready = prepared(
+            by.model, layout, plan.specs, job.method, job.params, weighed, seed=job.seed, reporter=job.reporter
+        )
+        plan = replace(plan, specs=specs)
     parts = convert(
-        by.model, layout, plan.specs, job.method, job.params, tokens, importance, seed=job.seed, reporter=job.reporter
-    )
+        by.model, layout, plan.specs, job.method, job.params, tokens, importance, measured=ready, seed=job.seed,
+        weights={path: found.weights for path, found in weighed.items()}, reporter=job.reporter,
+    )  # fmt: skip
     sparse = copy.deepcopy(by.model)
     _begun(job, apply_routed(sparse, plan.routed))
     for path, part in parts.items():
         sparse.set_submodule(path, part)
     trained, losses = _distilled(job, source, layout, by, sparse, plan, journal) if job.distill else (set(), {})
     return sparse, plan, trained, losses
+
+
+def _weighed(job: Job, layout: Layout, by: Driven, axes: Mapping[str, str]) -> dict[str, Weighed]:
+    """Tokens of every feed-forward and what errors cost there."""
+    influence = Noising(by.scheduler, by.adapter, by.config).clean_weights
+    return weighed_tokens(
+        by.model, layout, axes, states(job, by, 32_452_843, images=128), influence,
+        states=job.params.states, size=PROBE_SIZE, tokens=job.params.tokens, seed=job.seed,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -197,10 +222,11 @@ def _distilled(
         data = Latents(folder, by.adapter, by.config, by.scheduler, seed=job.seed, null=wanted.null, device=device)
     over: Any = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
     weights = Weights(
-        output=wanted.output, features=wanted.features, balance=wanted.balance, router_rate=wanted.router_rate,
-        shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
+        output=wanted.output, features=wanted.features, clean=wanted.clean, balance=wanted.balance,
+        router_rate=wanted.router_rate, shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
         everything=wanted.everything,
     )  # fmt: skip
+    clean = Noising(by.scheduler, by.adapter, by.config).clean_weights if wanted.clean else None
     trained: set[str] = set()
     losses: dict[str, tuple[float, ...]] = {}
     for stage in stages_of(job.stages, wanted.steps):
@@ -208,7 +234,7 @@ def _distilled(
         with torch.random.fork_rng(devices=[]), running(routed_parts(sparse), stage.name):
             torch.manual_seed(job.seed)
             task = Experts(
-                by.model, sparse, layout, data, weights, wanted.batch, plan.routed, stage.name, stage.start
+                by.model, sparse, layout, data, weights, wanted.batch, plan.routed, stage.name, stage.start, clean
             )  # fmt: skip
             own = wanted.model_copy(update={"steps": stage.steps})
             losses[stage.name] = train(task, own, journal=place, reporter=job.reporter).losses

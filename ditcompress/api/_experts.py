@@ -29,11 +29,13 @@ class ExpertTraining(Training):
     learning rate, `shared` whether the shared experts learn too; `balance_over`: whether layers' balance losses are
     averaged or added (by default as the method does); `prior` weighs the diffusion prior loss of
     switch-dit, `task` that of real data. `stages`: shares of the steps that train shared experts, routed ones, and
-    all that learns (by default as the method does: all steps the last, but for dense2moe-mob). `everything`: in the
+    all that learns (by default as the method does: all steps the last, but for dense2moe-mob). `clean` weighs the
+    output loss in units of the clean latents. `everything`: in the
     last stage the whole model learns, not its routed parts alone."""
 
     learning_rate: float = Field(3e-4, gt=0)
     features: float = Field(1.0, ge=0)
+    clean: float = Field(0.0, ge=0)
     balance: float = Field(0.01, ge=0)
     router_rate: float = Field(1e-3, gt=0)
     shared: bool = True

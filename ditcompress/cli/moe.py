@@ -34,7 +34,8 @@ def moe(
     shared: Annotated[int | None, typer.Option(help="Parts that always run (1).")] = None,
     blocks_active: Annotated[float | None, typer.Option(help="Share of the blocks that run for a sample.")] = None,
     method: Annotated[
-        str, typer.Option(help="moe-best, dense2moe, dense2moe-mob, dit-moe, moh, switch-dit, uoe or random.")
+        str,
+        typer.Option(help="moe-best, moe-local, dense2moe, dense2moe-mob, dit-moe, moh, switch-dit, uoe or random."),
     ] = "moe-best",
     distill_steps: Annotated[int, typer.Option(help="Training steps against the dense model (0: none).")] = 0,
     data: Annotated[Path | None, typer.Option(help="Images or cached latents to train on.")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ class Imitating(Plain):
         self.training = teacher.training
         self.teacher, self.student = teacher.eval(), student.eval().requires_grad_(False)
         self.data, self.size = data, size
+        self.clean_weights: Callable[[Tensor], Tensor] | None = (
+            None  # of errors at timesteps (n,), in the clean latents
+        )
+        self.clean: Tensor | None = None  # the last batch's error so weighted, where it is asked for
         self.task: Tensor | None = None  # the last batch's error against its own target, where data have one
         self.outputs = [BlockOutputs(model, blocks) for model in (teacher, student)] if blocks else []
 
@@ -34,6 +38,8 @@ class Imitating(Plain):
             wanted = predict(self.teacher, batch.latents, batch.timestep, batch.cond).float()
         found = predict(self.student, batch.latents, batch.timestep, batch.cond).float()
         loss = output_loss(found, wanted)
+        if self.clean_weights is not None:
+            self.clean = output_loss(found, wanted, self.clean_weights(batch.timestep).to(found.device))
         self.task = None if batch.target is None else output_loss(found, batch.target)
         if not self.outputs:
             return loss, torch.zeros_like(loss)

@@ -4,11 +4,21 @@ feed-forward of a model."""
 from __future__ import annotations
 
 from ._blocks import begin_blocks, block_groups
-from ._convert import convert, head_importance, hidden_of, neuron_importance, seed_of, specs_for
+from ._convert import (
+    convert,
+    head_importance,
+    hidden_of,
+    neuron_importance,
+    neurons_of,
+    prepared,
+    seed_of,
+    specs_for,
+)
 from ._distill import Experts, Weights
 from ._stages import ONE, check_stages, running, stages_of
 from ._tokens import Tokens, followed
 from ._use import linear_operations, measured, token_operations
+from ._weighed import Weighed, weighed_tokens
 from .base import FeedForward, Numbers, Split, method_of, params_of, registry
 
 __all__ = [
@@ -18,6 +28,7 @@ __all__ = [
     "Numbers",
     "Split",
     "Tokens",
+    "Weighed",
     "Weights",
     "begin_blocks",
     "block_groups",
@@ -30,11 +41,14 @@ __all__ = [
     "measured",
     "method_of",
     "neuron_importance",
+    "neurons_of",
     "params_of",
+    "prepared",
     "registry",
     "running",
     "seed_of",
     "specs_for",
     "stages_of",
     "token_operations",
+    "weighed_tokens",
 ]

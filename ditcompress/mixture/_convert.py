@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..experts import ExpertLayer, build, convertible
 from ..models.base import Layout
 from ..runtime.moe import Choice, Gate, MoEFeedForward
 from ..structure import feed_forward_path, readers, writers
+from ._weighed import Weighed
 from .base import FeedForward, Split
 
 
@@ -33,14 +35,8 @@ def specs_for(
     if not 0 <= active <= slices - shared or shared + active == 0:
         what = f"{slices - shared} of {slices} experts are routed, {active} cannot run"
         raise DitcompressError("E203", f"--active {active}", what, f"give {0 if shared else 1} to {slices - shared}")
-    axes = convertible(model, layout)
-    if not axes:
-        raise DitcompressError(
-            "E205", type(model).__name__, "has no feed-forward that is a module of its own", "see `ditcompress inspect`"
-        )
     found = {}
-    for path, axis in axes.items():
-        size = layout.axes[axis].size
+    for path, size in neurons_of(model, layout).items():
         if size % slices:
             near = [n for n in range(shared + max(active, 1), size) if size % n == 0]
             nearest = min(near, key=lambda n: abs(n - slices), default=1)
@@ -50,6 +46,16 @@ def specs_for(
         own = (slices - shared) * width if copies else width
         found[path] = ExpertLayer(shared * width, slices - shared, own, active, gate, offset, copies, choice)
     return found
+
+
+def neurons_of(model: nn.Module, layout: Layout) -> dict[str, int]:
+    """The number of neurons of every feed-forward that can become experts; E205 for a model without any."""
+    axes = convertible(model, layout)
+    if not axes:
+        raise DitcompressError(
+            "E205", type(model).__name__, "has no feed-forward that is a module of its own", "see `ditcompress inspect`"
+        )
+    return {path: layout.axes[axis].size for path, axis in axes.items()}
 
 
 def hidden_of(dense: nn.Module, output: nn.Module, tokens: Tensor) -> Tensor:
@@ -127,28 +133,54 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
+def _layer(
+    model: nn.Module, layout: Layout, axis: str, path: str, spec: ExpertLayer, tokens: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor], seed: int,
+) -> FeedForward:  # fmt: skip
+    (out,) = readers(layout, axis)
+    output: nn.Module = model.get_submodule(out.name)
+    weight: Tensor = output.weight  # type: ignore[assignment]
+    given = tokens.get(path)
+    given = torch.zeros(1, weight.shape[0]) if given is None else given
+    given = given.to(weight.device)
+    return FeedForward(
+        path, spec, weight.detach().float(), given.float(),
+        hidden_of(model.get_submodule(path), output, given.to(weight.dtype)) if path in tokens
+        else torch.zeros(1, weight.shape[1], device=weight.device),
+        None, torch.Generator().manual_seed(seed_of(seed, path)),
+        weights[path].to(weight.device) if path in weights else None,
+    )  # fmt: skip
+
+
+def prepared(
+    model: nn.Module, layout: Layout, specs: Mapping[str, ExpertLayer], method: ModuleType, params: Any,
+    weighed: Mapping[str, Weighed], *, seed: int = 0, reporter: Reporter | None = None,
+) -> tuple[dict[str, ExpertLayer], dict[str, Any]]:  # fmt: skip
+    """What a method that has `prepare` measures of every path in `specs`, and the entries that follow from it."""
+    axes, found = convertible(model, layout), {}
+    tokens, weights = ({p: getattr(w, name) for p, w in weighed.items()} for name in ("tokens", "weights"))
+    with (reporter or Silent()).task("measure", len(specs)) as advance:
+        for path, spec in specs.items():
+            layer = _layer(model, layout, axes[path], path, spec, tokens, weights, seed)
+            found[path] = method.prepare(layer, params)
+            advance(1)
+    return method.sized(specs, found, params), found
+
+
 def convert(
     model: nn.Module, layout: Layout, specs: Mapping[str, ExpertLayer], method: ModuleType, params: Any,
-    tokens: Mapping[str, Tensor], importance: Mapping[str, Tensor], *, seed: int = 0, reporter: Reporter | None = None,
+    tokens: Mapping[str, Tensor], importance: Mapping[str, Tensor], *, weights: Mapping[str, Tensor] | None = None,
+    measured: Mapping[str, Any] | None = None, seed: int = 0, reporter: Reporter | None = None,
 ) -> dict[str, MoEFeedForward]:  # fmt: skip
     """The expert layer of every path in `specs`. `tokens` (T, D) are inputs of the feed-forwards by path (empty where
-    the method needs none), `importance` (H,) scores of their neurons. The model is left as it is."""
+    the method needs none), `importance` (H,) scores of their neurons, `weights` (T,) the costs of errors, `measured`
+    what `prepared` gave. The model is left as it is."""
     axes, found = convertible(model, layout), {}
     with (reporter or Silent()).task("experts", len(specs)) as advance:
         for path, spec in specs.items():
-            (out,) = readers(layout, axes[path])
-            output: nn.Module = model.get_submodule(out.name)
-            weight: Tensor = output.weight  # type: ignore[assignment]
-            given = tokens.get(path)
-            given = torch.zeros(1, weight.shape[0]) if given is None else given
-            given = given.to(weight.device)
-            layer = FeedForward(
-                path, spec, weight.detach().float(), given.float(),
-                hidden_of(model.get_submodule(path), output, given.to(weight.dtype)) if path in tokens
-                else torch.zeros(1, weight.shape[1], device=weight.device),
-                importance[path].to(weight.device) if path in importance else None,
-                torch.Generator().manual_seed(seed_of(seed, path)),
-            )  # fmt: skip
+            layer = _layer(model, layout, axes[path], path, spec, tokens, weights or {}, seed)
+            score = importance[path].to(layer.down.device) if path in importance else None
+            layer = replace(layer, importance=score, prepared=(measured or {}).get(path))
             split = method.split(layer, params)
             if not all(bool(torch.isfinite(t).all()) for t in (split.router_weight, split.router_bias)):
                 raise DitcompressError("E701", path, "the router is not finite", "calibrate with more samples")
@@ -159,7 +191,8 @@ def convert(
 
 def _filled(model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, split: Split) -> MoEFeedForward:
     """The expert layer with the router and the offsets of `split`."""
-    moe = build(model, layout, axis, spec, split.order)
+    groups = [own.tolist() for own in split.experts] if spec.of else None
+    moe = build(model, layout, axis, spec, None if spec.of else split.order, groups)
     (out,) = readers(layout, axis)
     inner = out.name[len(feed_forward_path(model, axis, layout)) + 1 :]
     parts: list[tuple[nn.Module, Tensor]] = [(moe.shared, split.shared)] if moe.shared is not None else []
@@ -169,6 +202,8 @@ def _filled(model: nn.Module, layout: Layout, axis: str, spec: ExpertLayer, spli
         if split.down is not None:
             for part, own in [*parts, *zip(moe.experts, split.experts, strict=True)]:
                 part.get_submodule(inner).weight.copy_(split.down[:, own])  # type: ignore[union-attr, operator]
+        for expert, down in zip(moe.experts, split.downs, strict=True) if split.downs is not None else ():
+            expert.get_submodule(inner).weight.copy_(down)  # type: ignore[union-attr, operator]
         if split.offsets is not None:
             assert moe.bias is not None
             moved = split.offsets.double().sum(0) + (0 if split.shift is None else split.shift.double())

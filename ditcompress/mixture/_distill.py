@@ -1,6 +1,6 @@
 """Routers and experts learn from the dense model: output loss, block features, and balanced use (Dense2MoE, section 3).
 
-    L = output * L_out + features * L_feat + balance * mean over layers of E sum_e f_e P_e
+    L = output * L_out + clean * L_clean + features * L_feat + balance * mean over layers of E sum_e f_e P_e
 
 Gates of one carry the gradient of the router's probability straight through, so that training keeps the layer as it
 runs. The teacher is the dense model, on states of its own trajectories (distill/data.py).
@@ -8,7 +8,7 @@ runs. The teacher is the dense model, on states of its own trajectories (distill
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,10 +33,11 @@ class Weights:
     """Weights of the losses, the router's learning rate, whether the shared experts learn too, and whether the balance
     losses of the layers are averaged (Dense2MoE) or added (DiT-MoE); `prior` is that of Switch-DiT, for its masks,
     `task` the diffusion loss where the data are real. `everything`: all of the model learns, not its routed parts
-    alone."""
+    alone. `clean`: of the output loss in units of the clean latents (distill/noising.py)."""
 
     output: float = 1.0
     features: float = 1.0
+    clean: float = 0.0
     balance: float = 0.01
     router_rate: float = 1e-3
     shared: bool = True
@@ -54,10 +55,12 @@ class Experts(Imitating):
     def __init__(
         self, teacher: nn.Module, student: nn.Module, layout: Layout, data: Data, weights: Weights, batch: int,
         routed: Mapping[str, RoutedPart] | None = None, stage: Name = "all", start: int = 0,
+        clean_weights: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.parts, self.start = parts_of(stage), start
         blocks = outside_groups(layout, routed or {}) if self.parts is None else layout.blocks
         super().__init__(teacher, student, data, batch, blocks if weights.features else ())
+        self.clean_weights = clean_weights if weights.clean else None
         self.weights = weights
         self.layers = routed_parts(student)
         self.routings: dict[type, list[Routing]] = {}  # by kind of part: blocks are balanced apart from experts
@@ -109,6 +112,8 @@ class Experts(Imitating):
             found.clear()
         output, features = self.compare(self.start + step, part)
         loss = weights.output * output + weights.features * features
+        if self.clean is not None:
+            loss = loss + weights.clean * self.clean
         if self.task is not None:
             loss = loss + weights.task * self.task
         for kind, found in self.routings.items() if weights.balance else ():

@@ -28,6 +28,8 @@ def token_operations(layer: MoEFeedForward) -> tuple[int, int]:
 
     shared, each = 2 * products(layer.shared), 2 * products(layer.experts[0])
     dense = shared + (1 if layer.copies else len(layer.experts)) * each
+    if layer.dense is not None:
+        dense = round(layer.dense * each)
     return dense, shared + layer.active * each + 2 * layer.router.weight.numel()
 
 

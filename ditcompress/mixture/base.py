@@ -1,10 +1,15 @@
 """What a method that splits a feed-forward is given and gives back, and the closed-form parts that methods share.
 
 A method is a module of this folder. It exports `Params`, `NEEDS` ("tokens": inputs from calibration, "importance":
-Taylor scores of the neurons) and `split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts
-count when nothing is asked, BALANCE_OVER ("mean", or "sum" over layers), and STAGES, shares of the training's steps
-(_stages.py). `offsets`, `copies` and `choice` of the parameters go into the layer's entry. NUMBERS are its own for
---experts, --shared and --active, where these are not given; BLOCKS_ACTIVE that of --blocks-active.
+Taylor scores of the neurons, "weighed": inputs and what an error costs there, _weighed.py) and
+`split(layer, params) -> Split`. It may export `gate(params)`, how chosen experts count when nothing is asked,
+BALANCE_OVER ("mean", or "sum" over layers), and STAGES, shares of the training's steps (_stages.py). `offsets`,
+`copies` and `choice` of the parameters go into the layer's entry. NUMBERS are its own for --experts, --shared and
+--active, where these are not given; BLOCKS_ACTIVE that of --blocks-active.
+
+A method whose layers are not equal parts of the neurons exports `layers(sizes, numbers, params)`, the entries of
+feed-forwards by path from their neurons, `prepare(layer, params)`, what is measured before any is converted, and
+`sized(layers, prepared, params)`, the entries that follow from it; `split` finds it in `layer.prepared`.
 
 A method of other parts than feed-forwards exports `routed(model, layout, numbers, params, importance)`, which says what
 is routed by path, and `begin(part, params, generator)`, which fills the routers; with or without `split`. "heads" in
@@ -47,7 +52,8 @@ class Numbers:
 @dataclass(frozen=True)
 class FeedForward:
     """One dense feed-forward: `down` W (D, H) float32; with calibration its inputs `tokens` (T, D) and their `hidden`
-    (T, H); with gradients the `importance` (H,) of its neurons. `spec` says how it will be split."""
+    (T, H), and the cost `weights` (T,) of an error there; with gradients the `importance` (H,) of its neurons. `spec`
+    says how it will be split, `prepared` is what the method measured before."""
 
     name: str
     spec: ExpertLayer
@@ -56,6 +62,8 @@ class FeedForward:
     hidden: Tensor
     importance: Tensor | None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    weights: Tensor | None = None
+    prepared: Any = None
 
     @property
     def features(self) -> int:
@@ -68,7 +76,8 @@ class Split:
     output that the layer's bias holds for an expert that was not chosen, and a chosen one takes away. None for none.
 
     `down` (D, H), where given, replaces the output weights (its columns are the dense layer's neurons), and `shift`
-    (D,) is added to the layer's bias: the layer with all experts is then not the dense one any more."""
+    (D,) is added to the layer's bias: the layer with all experts is then not the dense one any more. `downs`: output
+    weights (D, width) of each expert's own, where experts hold neurons that others hold too."""
 
     shared: Tensor
     experts: Sequence[Tensor]
@@ -77,10 +86,11 @@ class Split:
     offsets: Tensor | None = None
     down: Tensor | None = None
     shift: Tensor | None = None
+    downs: Sequence[Tensor] | None = None
 
     @property
     def order(self) -> list[int]:
-        """All neurons: those of the shared expert first, then of each expert; of copies each once."""
+        """All neurons: those of the shared expert first, then of each expert; of those in several each once."""
         return list(dict.fromkeys(torch.cat([self.shared, *self.experts]).tolist()))
 
 

@@ -123,6 +123,7 @@ class MoEFeedForward(Routed):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.count, self.active, self.gate, self.copies = len(experts), active, gate, copies
         self.choice, self.balanced = choice, choice == "token"
+        self.dense: float | None = None  # neurons of the dense layer over those of an expert, where that is known
 
     def route(self, tokens: Tensor) -> Routing:
         """The experts of tokens (n, features). When the router is trained, gates of one carry the gradient of the

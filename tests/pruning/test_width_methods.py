@@ -18,12 +18,13 @@ from ditcompress.models import registry as families
 from ditcompress.pruning import Probe
 from ditcompress.pruning.width import Context, cut_axes, kept_units, registry
 from ditcompress.pruning.width._axes import cost_of, count_of
-from ditcompress.pruning.width._refit import augmented, refitted
+from ditcompress.pruning.width._refit import augmented
 from ditcompress.pruning.width.base import places, silenced
 from ditcompress.pruning.width.obs_diff import removal, timestep_weight
 from ditcompress.pruning.width.taylor import changes
 from ditcompress.pruning.width.udfc import combination
 from ditcompress.structure import narrow
+from ditcompress.surgeon import refitted
 
 from .models import deep, inputs, run
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...calibration.sensitivity import token_weights
 from ...models.base import Axis, Layout, Site
 from ...structure import narrow_index, readers
+from ...surgeon import refitted
 from ..base import Probe, ProbeParams
 from ._axes import Scope
 from .base import Context, WidthParams
@@ -136,25 +137,9 @@ def listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], Non
             handle.remove()
 
 
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """C with `damp` of its mean diagonal added; a channel that is always zero gets the mean."""
-    diagonal = gram.diagonal()
-    mean = float(diagonal.mean().clamp_min(1e-30))
-    return gram + torch.diag(torch.where(diagonal > 0, damp * mean, mean))
-
-
 def kept_columns(context: Context, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """The columns (K',) that each reader keeps, the place of the bias not among them."""
     return {site.name: index for site, dim, index in narrow_index(context.layout, kept) if dim == 1}
-
-
-def refitted(target: Tensor, gram: Tensor, columns: Tensor, damp: float) -> Tensor:
-    """(rows, K): `target` fitted on `columns` alone, zero elsewhere. It is damped towards `target` itself, so that
-    directions in which the data say nothing stay as they were."""
-    gram = damped(gram, damp)
-    part = gram[columns]
-    solved = torch.linalg.solve(part[:, columns], part @ target.T).T
-    return torch.zeros_like(target).index_copy_(1, columns, solved)
 
 
 def refit(

@@ -31,9 +31,10 @@ from ...linear_ffn import blank, standing_in
 from ...models.base import Axis
 from ...offload import device_of
 from ...structure import readers, writers
+from ...surgeon import damped
 from ..base import Probe, ProbeParams
 from ._axes import count_of
-from ._refit import CHUNK, batched, damped
+from ._refit import CHUNK, batched
 from .base import Context
 
 NEEDS = ("probes", "journal")

@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ...models.base import Axis
+from ...surgeon import Surgeon, turns
 from ..base import Probe
 from ._axes import count_of
-from ._refit import RefitParams, Weighting, all_readers, augmented, damped, grams, refit, sweeps
+from ._refit import RefitParams, Weighting, all_readers, augmented, grams, refit, sweeps
 from .base import Context, places
 
 NEEDS = ("probes",)
@@ -96,48 +96,6 @@ def reader_grams(context: Context, axes: Sequence[Axis], weighting: Weighting) -
 def removal(context: Context, axis: Axis, found: Mapping[str, Tensor], damp: float, rounds: int) -> Tensor:
     """Scores (units,) of one axis: the error of each unit in the greedy order, the last that is left infinite."""
     count, size = count_of(axis), axis.unit_size
-    parts = [_Reader(context, name, start, found[name], damp) for name, start, _ in places(context.layout, axis)
-             if name in found]  # fmt: skip
-    result, left, worst = torch.full((count,), math.inf, dtype=torch.float64), list(range(count)), 0.0
-    chunk = 1 if size > 1 else max(1, count // rounds)
-    while len(left) > 1 and parts:
-        errors = torch.stack([part.errors(left, size) for part in parts]).sum(0)
-        order = torch.argsort(errors, stable=True)[: min(chunk, len(left) - 1)].tolist()
-        for place in order:
-            worst = max(worst, float(errors[place]))
-            result[left[place]] = worst
-        gone = [left[place] for place in order]
-        for part in parts:
-            part.remove(gone, size)
-        left = [unit for unit in left if unit not in gone]
-    return result
-
-
-class _Reader:
-    """One place where a linear reads the axis, with what is left of its columns."""
-
-    def __init__(self, context: Context, name: str, start: int, gram: Tensor, damp: float) -> None:
-        self.weight = augmented(context.model.get_submodule(name))
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
-        self.start, self.columns = start, list(range(gram.shape[0]))
-
-    def _places(self, units: Sequence[int], size: int) -> Tensor:
-        where = {column: place for place, column in enumerate(self.columns)}
-        return torch.tensor([[where[self.start + unit * size + k] for k in range(size)] for unit in units])
-
-    def errors(self, units: Sequence[int], size: int) -> Tensor:
-        """tr(W_P ([C^-1]_PP)^-1 W_P^T) of each unit, (units,)."""
-        index = self._places(units, size).to(self.weight.device)
-        blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (units, size, size)
-        own = self.weight.T[index]  # (units, size, rows)
-        return (own * torch.linalg.solve(blocks, own)).sum((1, 2)).cpu()
-
-    def remove(self, units: Sequence[int], size: int) -> None:
-        """Compensate the other columns and forget these."""
-        gone = self._places(units, size).flatten().to(self.weight.device)
-        rest = torch.ones(len(self.columns), dtype=torch.bool, device=gone.device)
-        rest[gone] = False
-        pull = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])[:, rest]  # (gone, rest)
-        self.weight = self.weight[:, rest] - self.weight[:, gone] @ pull
-        self.inverse = self.inverse[rest][:, rest] - self.inverse[rest][:, gone] @ pull
-        self.columns = [column for column, stays in zip(self.columns, rest.tolist(), strict=True) if stays]
+    parts = [Surgeon(augmented(context.model.get_submodule(name)), found[name], damp, start)
+             for name, start, _ in places(context.layout, axis) if name in found]  # fmt: skip
+    return turns(parts, count, size, 1 if size > 1 else max(1, count // rounds))
