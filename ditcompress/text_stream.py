@@ -33,8 +33,14 @@ class Parts:
     modulation: str = ""
 
 
-# JointTransformerBlock and FluxTransformerBlock, then QwenImageTransformerBlock, of diffusers
-KNOWN = (Parts("norm1_context", "norm2_context", "ff_context"), Parts("txt_norm1", "txt_norm2", "txt_mlp", "txt_mod"))
+_CONTEXT = Parts("norm1_context", "norm2_context", "ff_context")
+# Classes of diffusers, by name: others have parts of the same names, but modulate outside of them (FLUX.2) or give
+# (image, text) where these give (text, image) (HunyuanVideo).
+KNOWN = {
+    "JointTransformerBlock": _CONTEXT,
+    "FluxTransformerBlock": _CONTEXT,
+    "QwenImageTransformerBlock": Parts("txt_norm1", "txt_norm2", "txt_mlp", "txt_mod"),
+}
 ATTENDED = "encoder_hidden_states"  # what the blocks call the modulated text when they call their attention
 
 
@@ -93,14 +99,11 @@ class Nothing(nn.Module):
 def parts_of(block: nn.Module) -> Parts | None:
     """The text side of a block that changes its text; None for others: single streams, a last block that only reads,
     a side that is linear already."""
-    attention = getattr(block, "attn", None)
-    for parts in KNOWN:
-        there = all(hasattr(block, name) for name in (parts.norm, parts.second, parts.feed_forward))
-        there = there and (not parts.modulation or hasattr(block, parts.modulation))
-        whole = there and not isinstance(getattr(block, parts.norm), TextInput)
-        if whole and getattr(block, parts.feed_forward) is not None and hasattr(attention, "add_q_proj"):
-            return parts
-    return None
+    parts, attention = KNOWN.get(type(block).__name__), getattr(block, "attn", None)
+    if parts is None or isinstance(getattr(block, parts.norm), TextInput):
+        return None
+    changes = getattr(block, parts.feed_forward) is not None and hasattr(attention, "add_q_proj")
+    return parts if changes else None
 
 
 def runs(model: nn.Module, blocks: Sequence[str]) -> list[list[str]]:
@@ -189,8 +192,7 @@ def text_paths(model: nn.Module) -> list[str]:
     inputs = [path.rpartition(".")[0] for path, module in model.named_modules() if isinstance(module, TextInput)]
     found = []
     for block in inputs:
-        there = model.get_submodule(block)
-        parts = next(parts for parts in KNOWN if isinstance(getattr(there, parts.norm, None), TextInput))
+        parts = KNOWN[type(model.get_submodule(block)).__name__]
         leaves = (parts.norm, parts.second, parts.feed_forward, "attn.to_add_out", parts.modulation)
         found += [f"{block}.{leaf}" for leaf in leaves if leaf]
     return found

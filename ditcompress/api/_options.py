@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..calibration.collect import CalibrationSettings
 from ..errors import DitcompressError
-from ..recipe import Calibration
+from ..recipe import Calibration, read_yaml
 
 
 def pick_device(device: str) -> torch.device:
@@ -32,3 +35,14 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def settings_of(calibration: Calibration, seed: int, grams: bool = True, batch: int = 16) -> CalibrationSettings:
     """The collector's settings for a recipe's `calibration` section."""
     return CalibrationSettings(**calibration.model_dump(), seed=seed, batch=batch, grams=grams)
+
+
+def method_settings(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """`key=value` texts as parameters of a method."""
+    found = {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not key or not equals:
+            raise DitcompressError("E203", f"{option} {text}", "is not key=value", f"for example {option} samples=8")
+        found[key] = read_yaml(raw, f"{option} {key}")
+    return found

@@ -320,6 +320,9 @@ def _quantize_module(
     if recipe.scheduler_search is not None:
         reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
     source = ModuleSource(model)
+    own = DitcompressConfig.of(source.config)
+    if source.config.get("quantization_config") is not None and (own is None or own.layers):
+        raise DitcompressError("E322", type(model).__name__, "is quantized already", "give the original model")
     adapter = adapter_for(source.config)
     layout = tied(adapter.layout(model), copies_of(model))
     plan = checked_plan(recipe, layout)

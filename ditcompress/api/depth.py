@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.collect import CalibrationSettings
 from ..calibration.schedulers import load_scheduler
@@ -43,12 +43,11 @@ from ..pruning import (
 )  # fmt: skip
 from ..pruning import width as widths
 from ..ranks import alone
-from ..recipe import read_yaml
-from ..sharing import copies_of, stored_once
+from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
-from ..text_stream import text_paths
 from . import _memory
-from ._pruned import write_pruned
+from ._options import method_settings as method_settings
+from ._pruned import cut_tensors, write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
 
@@ -143,10 +142,10 @@ def prune(
 
 def _prune_module(model: nn.Module, job: _Job, width: Width) -> PruneResult:
     """A pruned copy of a model in memory; the original is not changed."""
-    if copies_of(model) or text_paths(model):
-        name, what = type(model).__name__, "its layers are shared or linear already"
-        raise DitcompressError("E322", name, what, "give the original model")
     source = ModuleSource(model)
+    if source.config.get("quantization_config") is not None:  # it names blocks and widths that would no longer be
+        what = "is quantized, narrower or shared already"
+        raise DitcompressError("E322", type(model).__name__, what, "give the original model")
     width.check(adapter_for(source.config).layout(model))
     context, choice = job.choice(model, source)
     with context.rewritten(choice.tensors):
@@ -333,17 +332,6 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def method_settings(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """`key=value` texts as parameters of a method."""
-    found = {}
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        if not key or not equals:
-            raise DitcompressError("E203", f"{option} {text}", "is not key=value", f"for example {option} samples=8")
-        found[key] = read_yaml(raw, f"{option} {key}")
-    return found
-
-
 def _cut(
     checkpoint: Checkpoint, job: _Job, context: Context, choice: Choice, width: Width
 ) -> tuple[Cut, dict[str, str]]:
@@ -384,18 +372,6 @@ def _write(
     """Tensors one by one under their new names, the shorter config.json, prune.json. Returns all facts."""
     cut, names = cut_names
     facts = _joined(facts, cut.facts, choice)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        dtypes = {cut.gone(name): checkpoint.tensors[old].dtype for name, old in names.items() if cut.gone(name)}
-        added = {f"{path}.{name}": tensor.to("cpu", dtypes.get(path, tensor.dtype))
-                 for path, linear in cut.linear.items() for name, tensor in linear.state_dict().items()}  # fmt: skip
-        for name in sorted({*(name for name in names if not cut.gone(name)), *added}):
-            if name in added:
-                yield name, added[name]
-                continue
-            tensor, changed = checkpoint.read(names[name]), choice.tensors.get(names[name])
-            tensor = tensor if changed is None else changed.to("cpu", tensor.dtype)
-            yield name, cut.apply(name, tensor)
-
-    write_pruned(checkpoint, partial, cut.config, tensors(), facts, max_shard_bytes)
+    tensors = cut_tensors(checkpoint, cut, names, choice.tensors)
+    write_pruned(checkpoint, partial, cut.config, tensors, facts, max_shard_bytes)
     return facts

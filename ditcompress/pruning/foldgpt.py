@@ -150,6 +150,8 @@ class Cure(Plain):
 def rewrite(context: Context, params: Params, units: Sequence[str]) -> dict[str, Tensor]:
     """The cured tensors, by their names in the whole model; nothing where no weights are shared."""
     copies = share(context, params, units)
+    if params.share > 1 and not copies:
+        context.reporter.note("no weights are shared: of the blocks that stay no neighbours have one shape")
     if not copies or not params.cure:
         return {}
     removed = context.depth.of(units)

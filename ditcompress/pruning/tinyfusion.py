@@ -48,8 +48,8 @@ Size = Annotated[int, Field(ge=1, le=14)]  # C(14, 7) is 3432 patterns
 class Params(LearnedParams):
     """`group`: M, or the sizes in forward order, of which the last repeats; `rank` of the adapters (0: only the gates
     learn); `loss`: "output" of the model, or "clean", which weights its error by what it changes in the implied clean
-    latents, and so the noisiest steps most; `gate_rate`: their learning rate; `scale` of the logits; `hot` and `cold`:
-    the temperature at both ends."""
+    latents, and so the noisiest steps most; `gate_rate`: the gates' learning rate; `scale` of the logits; `hot` and
+    `cold`: the temperature at both ends."""
 
     group: Size | list[Size] = 4
     rank: int = Field(8, ge=0)

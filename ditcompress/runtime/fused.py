@@ -41,7 +41,8 @@ def fused(when: Fuse = "always") -> Iterator[None]:
 
 
 class Fused:
-    """A function of tensors, the first of which tells the work; compiled for any shape when it is worth it."""
+    """A function of tensors, the first of which tells the work; compiled for any shape when it is worth it. Dtypes and
+    the like beyond the number that the compiler keeps run uncompiled; those before them stay compiled."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.seen, self.broken = function, 0, False
@@ -50,14 +51,17 @@ class Fused:
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
         if torch.compiler.is_compiling() or _when == "never" or self.broken or torch.is_grad_enabled():
             return self.function(x, *rest)
+        if len(x) < 2:  # no work, and a compilation of its own
+            return self.function(x, *rest)
         self.seen += x.numel()
         if _when == "auto" and self.seen < ENOUGH:
             return self.function(x, *rest)
         try:
             if self.compiled is None:
-                self.compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
+                self.compiled = torch.compile(self.function, dynamic=True)
             return self.compiled(x, *rest)
         except Exception as error:  # no compiler, or one that does not work: as fast as plain torch is
+            result = self.function(x, *rest)  # raises where it is the inputs that are wrong
             self.broken = True
             logging.getLogger(__name__).info("rounding stays uncompiled: %s", error)
-            return self.function(x, *rest)
+            return result

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ditcompress.console import Silent
 from ditcompress.pruning import choose, method
 from ditcompress.pruning._learned import gated
 from ditcompress.pruning.foldgpt import Folding, Params, groups_of, rewrite, scores, share
@@ -62,6 +63,9 @@ def test_groups_are_neighbours_of_one_shape_and_groups_of_one_change_nothing() -
     assert all(a.startswith(f"{names[1]}.") and b.startswith(f"{names[0]}.") for a, b in shared.items())
     assert f"{names[1]}.attn.to_q" in shared and f"{names[1]}.ff.net.2" in shared
     assert not any("norm" in name for name in shared)
+    quiet = Silent()
+    assert rewrite(replace(found, reporter=quiet), Params(share=2), names[:1]) == {}  # 1 is no neighbour of its like
+    assert any("no weights are shared" in note for note in quiet.notes)
 
 
 def test_the_cure_lowers_the_damage_of_sharing_and_leaves_the_model() -> None:

@@ -21,7 +21,7 @@ from ditcompress.models._inputs import built
 from ditcompress.pruning import Probe
 from ditcompress.pruning.width import cut_axes, linear_text, narrowing
 from ditcompress.pruning.width.linear_text import Params
-from ditcompress.text_stream import Nothing, TextInput, runs, stand_ins, text_replaced
+from ditcompress.text_stream import Nothing, TextInput, parts_of, runs, stand_ins, text_replaced
 
 from .models import deep, inputs, run
 from .test_width_methods import context
@@ -193,6 +193,16 @@ def test_qwen_blocks_have_a_text_side_too() -> None:
         after = sum(p.numel() for p in model.parameters())
         assert before - after == 2 * lost - 3 * d * (d + 1)
         assert {s.name for s in families.get("generic").layout(model).sites} >= {f"{B}.1.txt_norm1.project"}
+
+
+def test_blocks_that_only_look_alike_have_no_text_side() -> None:
+    from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+    from diffusers.models.transformers.transformer_flux2 import Flux2TransformerBlock
+    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformerBlock
+
+    assert parts_of(FluxTransformerBlock(16, 2, 8)) is not None
+    assert parts_of(Flux2TransformerBlock(16, 2, 8)) is None  # modulates beside its norm
+    assert parts_of(HunyuanVideoTransformerBlock(2, 8, 2.0)) is None  # gives (image, text)
 
 
 @pytest.mark.parametrize(

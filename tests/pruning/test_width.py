@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from ditcompress import api, prune
+from ditcompress.api._pruned import cut_tensors
+from ditcompress.api.width import Cut
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
@@ -89,6 +92,41 @@ def test_depth_and_width_together_load_in_a_fresh_process_and_can_be_quantized(t
         api.export(out, tmp_path / "plain")
     with pytest.raises(DitcompressError, match="E322"):
         prune(out, 0.5, tmp_path / "again", method="magnitude")
+
+
+@pytest.mark.parametrize("how", ["narrow", "linear", "shared", "quantized"])
+def test_a_compressed_model_in_memory_is_not_pruned_again(how: str) -> None:
+    few = ["samples=1", "steps=2"]
+    make: dict[str, Any] = {
+        "narrow": lambda model: prune(model, width_ratio=0.3, width_method="magnitude"),
+        "linear": lambda model: prune(model, width_ratio=0.3, width_method="linear-ffn", width_overrides=few),
+        "shared": lambda model: prune(model, 0.3, method="foldgpt",
+                                      overrides=[*few, "share=2", "updates=1", "images=2", "rows=2"]),
+        "quantized": lambda model: api.quantize(model, "w8a16"),
+    }  # fmt: skip
+    model = make[how](deep("dit")).model
+    for options in ({"ratio": 0.3, "method": "magnitude"}, {"width_ratio": 0.3, "width_method": "magnitude"}):
+        with pytest.raises(DitcompressError, match="E322"):
+            prune(model, **options)
+    if how == "quantized":
+        with pytest.raises(DitcompressError, match="E322"):
+            api.quantize(model, "w8a16")
+
+
+def test_what_takes_the_place_of_parts_without_tensors_has_the_dtype_around_it() -> None:
+    block, half = "blocks.1", torch.bfloat16
+    held = {f"{block}.attn.add_k_proj.weight": half, f"{block}.mlp.weight": torch.float16, "proj.weight": torch.float32}
+    checkpoint: Any = SimpleNamespace(
+        tensors={name: SimpleNamespace(dtype=dtype) for name, dtype in held.items()},
+        read=lambda name: torch.ones(1, dtype=held[name]),
+    )
+    new = {f"{block}.norm": nn.Linear(2, 2), f"{block}.mlp": nn.Linear(2, 2)}
+    found = dict(cut_tensors(checkpoint, Cut({}, {}, linear=new), {name: name for name in held}, {}))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        f"{block}.attn.add_k_proj.weight": half, "proj.weight": torch.float32,
+        **{f"{block}.norm.{leaf}": half for leaf in ("weight", "bias")},
+        **{f"{block}.mlp.{leaf}": torch.float16 for leaf in ("weight", "bias")},
+    }  # fmt: skip
 
 
 def test_a_width_that_one_number_of_the_configuration_says_needs_no_package_of_ours(tmp_path: Path) -> None:

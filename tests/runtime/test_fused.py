@@ -74,6 +74,45 @@ def test_a_compiler_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     assert compiler.calls == 1
 
 
+@torch.no_grad()
+def test_wrong_inputs_are_not_the_compilers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", Counted())
+    total = Fused(torch.add)
+    with fused("always"):
+        with pytest.raises(RuntimeError, match="size"):
+            total(torch.ones(3), torch.ones(2))
+        assert not total.broken and torch.equal(total(torch.ones(3), torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_many_kinds_of_inputs_leave_the_compiled_ones_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, real = Counted(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: real(f, backend="eager", **given))
+    kept = Fused(lambda x: x * 2)
+    with fused("always"), torch._dynamo.config.patch(recompile_limit=1):  # type: ignore[no-untyped-call]
+        for mode in (torch.no_grad, torch.inference_mode):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                with mode():
+                    assert torch.equal(kept(torch.ones(3, dtype=dtype)), torch.full((3,), 2, dtype=dtype))
+    assert not kept.broken
+    monkeypatch.setattr(torch, "compile", compiler)
+    with fused("always"), torch.no_grad():
+        one = Fused(lambda x: x)
+        one(torch.ones(1, 5)), one(torch.ones(0, 5))
+    assert not compiler.calls  # nothing to gain
+
+
+@pytest.mark.skipif(not cpu_int8.available(), reason="no exact integer product on this CPU")
+@pytest.mark.parametrize("rank", [0, 4])
+@torch.no_grad()
+def test_no_tokens_give_no_outputs(rank: int) -> None:
+    for symmetric in (True, False):
+        scheme = Scheme(INT8, ActivationSpec("token", 8, symmetric), rank=rank)
+        layer = packed(scheme, 40, 72)
+        for shape in ((0, 72), (2, 0, 72)):
+            with fused("always"):
+                assert layer(torch.zeros(shape)).shape == (*shape[:-1], 40)
+
+
 def test_what_was_set_comes_back() -> None:
     with pytest.raises(ValueError, match="sometimes"):
         ditcompress.set_fused("sometimes")  # type: ignore[arg-type]

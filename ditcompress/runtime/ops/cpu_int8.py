@@ -70,9 +70,7 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
     holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
     x = layer.transformed(x)
-    codes, scale, zero = _tokens(x, layer.scheme.activation)
-    flat, scales = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, 1)
-    zeros = None if zero is None else zero.reshape(-1, 1)
+    flat, scales, zeros = _tokens(x.reshape(-1, layer.in_features), layer.scheme.activation)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
     size = PART if decodes else layer.out_features
@@ -92,11 +90,11 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
                 None if zeros is None else zeros[some], row_sum, None if bias is None or rank else bias[own],
                 y[some, own],
             )  # fmt: skip
-    y = y.reshape(*x.shape[:-1], -1)
+    y = y.reshape(*x.shape[:-1], layer.out_features)
     if not rank:
         return y
-    rounded = codes.float() * scale if zero is None else (codes.float() - zero) * scale
-    return finished(layer, y, x, rounded, dtype)
+    rounded = flat.float() * scales if zeros is None else (flat.float() - zeros) * scales
+    return finished(layer, y, x, rounded.reshape(x.shape), dtype)
 
 
 def _scale(
@@ -115,4 +113,6 @@ _scaled, _symmetric, _asymmetric = Fused(_scale), Fused(quantize_token), Fused(q
 
 
 def _tokens(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (tokens, in), scales and zeros (tokens, 1) of x (tokens, in): two dimensions always, or each number of them
+    would be compiled for itself."""
     return (*_symmetric(x, spec.bits), None) if spec.symmetric else _asymmetric(x, spec.bits)
