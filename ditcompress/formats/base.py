@@ -15,7 +15,8 @@ A format may also export
     is_int8(params) -> bool                whether the decoded weight is INT8 (out, in) times a scale a row, exactly
     as_int8(tensors, params, shape) -> (codes, scale)              in that form, scale (out, 1), for integer products
     width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
-    nearest_in(target, grid, params, metric) -> codes              with width: the nearest vectors in a metric
+    Nearest(grid, params, metrics) -> (column, target) -> (index, values)   with width: the nearest vectors in metrics
+    draft(params) -> params                those under which errors are estimated in a fraction of the time
 
 weight: (out, in) float32. A grid is a mapping of tensors that broadcast against (out, in) when expanded by the
 format; `grid.columns(start, stop)` narrows it to a range of columns.

@@ -94,7 +94,7 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
 def draft(params: Params) -> Params:
     """Parameters under which the error of a weight is estimated in a fraction of the time."""
     few = min(params.samples or DRAFT, DRAFT)
-    return params.model_copy(update={"samples": few, "iterations": min(params.iterations, 4)})
+    return params.model_copy(update={"samples": few, "iterations": min(params.iterations, 8)})
 
 
 def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Tensor) -> Grid:
@@ -136,17 +136,34 @@ def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Te
     return Grid(fitted.to(torch.float16).float(), grid.row_scale, grid.rows)
 
 
-def nearest_in(target: Tensor, grid: Grid, params: Params, metric: Tensor) -> Tensor:
-    """Codes (N, d), int32, of one vector in every row with the least (q - t) M (q - t)^T; target (N, d), metric
-    (d, d) positive definite, both float64. A last vector of fewer columns is compared on those."""
-    width = target.shape[1]
-    target = target if grid.row_scale is None else target / grid.row_scale
-    parts = []
-    for part, book in zip(target.split(grid.rows), grid.codebook, strict=True):
-        entries = book[:, :width].to(target)
-        image = entries @ metric  # |q - t|^2 = q M q - 2 t M q + what is the same for all entries
-        parts.append(torch.addmm((image * entries).sum(1), part, image.T, alpha=-2).argmin(1))
-    return torch.cat(parts)[:, None].expand(-1, width).to(torch.int32)
+class Nearest:
+    """The nearest entry to one vector of every row under that vector's own metric M (d, d), positive definite: least
+    (q - t) M (q - t)^T. What does not depend on t is made once; all float64."""
+
+    def __init__(self, grid: Grid, params: Params, metrics: Mapping[int, Tensor]) -> None:
+        self.rows, books = grid.rows, grid.codebook.double()
+        self.scale = None if grid.row_scale is None else grid.row_scale.double()
+        self.books = list(books)
+        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for column, metric in metrics.items():  # |q - t|^2 = q M q - 2 t M q + what is the same for all entries
+            entries = books[..., : len(metric)]
+            images = entries @ metric
+            norms = (images * entries).sum(-1)
+            self.parts[column] = list(zip(norms.unbind(), images.mT.unbind(), strict=True))
+
+    def __call__(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (N,) int64 and values (N, w) of the vector that starts at `column`; target (N, w)."""
+        if self.scale is not None:
+            target = target / self.scale
+        found, values = [], []
+        parts = target.split(self.rows)
+        for part, book, (norm, image) in zip(parts, self.books, self.parts[column], strict=True):
+            index = torch.addmm(norm, part, image, alpha=-2).argmin(1)
+            found.append(index)
+            values.append(book[index, : part.shape[1]])
+        value = values[0] if len(values) == 1 else torch.cat(values)
+        index = found[0] if len(found) == 1 else torch.cat(found)
+        return index, value if self.scale is None else value * self.scale
 
 
 def code(

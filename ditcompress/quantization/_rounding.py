@@ -8,6 +8,7 @@ objective never rises (the update is exact because the rows are independent and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -102,15 +103,18 @@ def descend(
     width = coded_together(fmt, params)
     size = max(BLOCK // width * width, width)
     codes = codes.clone()
-    error = weight.to(hessian.dtype) - fmt.value(codes, grid, params, shape)
-    gradient = error @ hessian if sweeps else error
-    inverses = _inverses(hessian, width) if sweeps else {}
+    weight = weight.to(hessian.dtype)
+    error = weight - fmt.value(codes, grid, params, shape)
+    if not sweeps:
+        return codes
+    gradient = error @ hessian
+    step = (_column if width == 1 else _vector)(weight, hessian, grid, fmt, params)
     for _ in range(sweeps):
         changed = False
         for start in range(0, shape[1], size):
             block = slice(start, min(start + size, shape[1]))
             before = error[:, block].clone()
-            if _descend_block(weight, codes, error, gradient, hessian, block, inverses, (grid, fmt, params, shape)):
+            if _descend_block(step, weight, codes, error, gradient, hessian, block, width):
                 gradient += (error[:, block] - before) @ hessian[block]
                 changed = True
         if not changed:
@@ -118,45 +122,55 @@ def descend(
     return codes
 
 
+# column or vector, its error and its part of error @ hessian -> its best codes with all others fixed, and their values
+Step = Callable[[slice, Tensor, Tensor], tuple[Tensor, Callable[[], Tensor]]]
+
+
+def _column(weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any) -> Step:
+    shape = (weight.shape[0], weight.shape[1])
+
+    def step(column: slice, error: Tensor, gradient: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        target = weight[:, column] - error + gradient / hessian[column, column]
+        codes = fmt.code(target.float(), grid, params, shape, column)
+        return codes, lambda: fmt.value(codes, grid, params, shape, column).to(error.dtype)
+
+    return step
+
+
+def _vector(weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any) -> Step:
+    width, count = fmt.width(params), len(hessian)
+    metrics = {k: hessian[k : k + width, k : k + width].double() for k in range(0, count, width)}
+    nearest = fmt.Nearest(grid, params, metrics)
+    inverses = {k: torch.linalg.inv(metric) for k, metric in metrics.items()}
+
+    def step(column: slice, error: Tensor, gradient: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        target = weight[:, column] - error + gradient @ inverses[column.start].to(gradient)
+        index, values = nearest(column.start, target.double())
+        return index[:, None].to(torch.int32), lambda: values.to(error.dtype)
+
+    return step
+
+
 def _descend_block(
-    weight: Tensor, codes: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor, block: slice,
-    inverses: dict[int, Tensor], target: tuple[Any, ModuleType, Any, tuple[int, int]],
+    step: Step, weight: Tensor, codes: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor, block: slice,
+    width: int,
 ) -> bool:  # fmt: skip
     """One pass over the columns of a block; changes `codes` and `error` there, and says whether any code moved."""
-    grid, fmt, params, shape = target
-    width, changed = coded_together(fmt, params), False
+    changed = False
     local, corner = gradient[:, block].clone(), hessian[block, block]
     for k in range(block.start, block.stop, width):
         column = slice(k, min(k + width, block.stop))
         inner = slice(k - block.start, column.stop - block.start)
-        metric = corner[inner, inner]
-        current = weight[:, column] - error[:, column]  # the best with all others fixed, before rounding, follows
-        if width == 1:
-            chosen = fmt.code((current + local[:, inner] / metric).float(), grid, params, shape, column)
-        else:
-            chosen = fmt.nearest_in(current + local[:, inner] @ inverses[k], grid, params, metric)
-        if torch.equal(chosen, codes[:, column]):
+        own = error[:, column]
+        chosen, values = step(column, own, local[:, inner])
+        if torch.equal(chosen, codes[:, column.start : column.start + chosen.shape[1]]):
             continue
         changed = True
         codes[:, column] = chosen
-        new_error = (weight[:, column] - fmt.value(chosen, grid, params, shape, column)).to(error.dtype)
-        local += (new_error - error[:, column]) @ corner[inner]
+        new_error = weight[:, column] - values()
+        local += (new_error - own) @ corner[inner]
         error[:, column] = new_error
     return changed
-
-
-def _inverses(hessian: Tensor, width: int) -> dict[int, Tensor]:
-    """The inverse of every vector's own block of the Hessian, by first column; nothing for single columns."""
-    if width == 1:
-        return {}
-    whole = len(hessian) // width
-    starts = torch.arange(whole, device=hessian.device) * width
-    own = starts[:, None] + torch.arange(width, device=hessian.device)
-    blocks = torch.linalg.inv(hessian[own[:, :, None], own[:, None]])
-    found = dict(zip(starts.tolist(), blocks, strict=True))
-    if whole * width < len(hessian):
-        found[whole * width] = torch.linalg.inv(hessian[whole * width :, whole * width :])
-    return found
 
 
 def alternate(

@@ -62,7 +62,7 @@ def rounding_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> f
     fmt, params = resolve(decision.weight)
     most = MOST
     if hasattr(fmt, "draft"):  # fitting takes much longer than rounding
-        params, most = fmt.draft(params), MOST // 8
+        params, most = fmt.draft(params), MOST // 4
     sign = signs(weight.shape[1], 0) if decision.rotate else None
     stride = max(1, weight.numel() // most)  # rows are independent: some of them tell enough of a large weight
     layer = Layer(decision, weight[::stride].float(), statistics, sign=sign)
@@ -138,7 +138,7 @@ def _forms(decision: LayerDecision, params: Params, shape: tuple[int, int]) -> l
     for option in params.options:
         keys = {key: value for key, value in option.weight.items() if key != "format"}
         spec = WeightSpec(str(option.weight.get("format", decision.weight.format)), dict(sorted(keys.items())))
-        if option.rank <= min(shape) // 8:
+        if (spec, option.rank) != (decision.weight, decision.rank) and option.rank <= min(shape) // 8:
             said = f"{decision.reason}, {spec.format}{keys.get('bits', '')} by sensitivity"
             forms.append(replace(decision, weight=spec, rank=option.rank, reason=said))
     return forms
