@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import CONFIG, write_random
+from benchmarks.memory import sized, write_random
 from ditcompress import api
 from ditcompress.api import _memory
 from ditcompress.api.calibration import settings_of
@@ -109,9 +109,8 @@ def main() -> None:
     torch.set_num_threads(1)
     load_recipe("w4a8")
     for name, extra, layers in (("small", SMALL, 2), ("medium", MEDIUM, 16)):
-        CONFIG.update(extra)
         (folder / name).mkdir()
-        write_random(folder / name, torch.float32, layers)
+        write_random(folder / name, torch.float32, {**sized("dit-xl", layers), **extra})
     for run in everything(folder / "small").values():
         run("none")
     ways = sorted({way for _, way in cases})

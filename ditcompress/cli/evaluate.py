@@ -20,13 +20,13 @@ def evaluate(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The uncompressed checkpoint.")],
     compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", help="What compression made of it.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and report.json.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Same-noise pairs of images.")] = 320,
+    pairs: Annotated[int | None, typer.Option(min=2, help="Same-noise pairs of images (default: 320).")] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Images for T4 (default: 1000, 10000 on a GPU).")] = None,
     inputs: Annotated[int, typer.Option(min=8, help="Held-out inputs of the denoiser probe.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the family's).")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="64 pairs, no distribution metrics.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="1000 pairs, fresh-noise floor for T4.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="64 pairs by default, no distribution metrics.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="1000 pairs by default, fresh-noise floor for T4.")] = False,
     profile: Annotated[str, typer.Option(help="auto (the recipe's), fidelity, fidelity-latent or quality.")] = "auto",
     margin: Annotated[list[str] | None, typer.Option(help="Replace a margin: name=value (repeatable).")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="Exit 8 on FAIL, 9 on INCONCLUSIVE.")] = False,
@@ -55,8 +55,8 @@ def evaluate(
         from .. import api
 
         options: dict[str, Any] = {
-            "pairs": 64 if quick else 1000 if full else pairs, "images": images, "fresh": full, "inputs": inputs,
-            "steps": steps, "guidance": guidance, "profile": profile, "margins": api.parse_margins(margin or []),
+            "pairs": pairs or (64 if quick else 1000 if full else 320), "images": images, "fresh": full,
+            "inputs": inputs, "steps": steps, "guidance": guidance, "profile": profile, "margins": api.parse_margins(margin or []),
             "extractor": "none" if quick and extractor == "auto" else extractor, "extractor_floor": extractor_floor,
             "classifier": classifier, "external": tuple(external or ()), "seed": seed, "batch": batch, "dtype": dtype,
             "device": device, "cost_batches": tuple(cost_batch or (1, 8)),

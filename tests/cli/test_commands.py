@@ -88,6 +88,14 @@ def test_recipe_faults_name_line_or_key(tmp_path: Path) -> None:
     assert "tag" in fails(2, "E202", "recipes", "validate", path)
 
 
+@pytest.mark.parametrize(
+    "given,pairs", [((), 320), (("--quick",), 64), (("--full",), 1000), (("--quick", "--pairs", 4), 4)]
+)
+def test_pairs_that_are_given_count(tmp_path: Path, given: tuple[object, ...], pairs: int) -> None:
+    done = run("evaluate", tmp_path, tmp_path, *given, "--dry-run", "--json")
+    assert json.loads(done.stdout)["pairs"] == pairs
+
+
 def test_quantize_inspect_export_evaluate_end_to_end(tiny_dit: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("quantize", tiny_dit, "-r", "w4a8", "-o", out, *FEW, "--json")
