@@ -56,7 +56,8 @@ def evaluate(
 
         options: dict[str, Any] = {
             "pairs": pairs or (64 if quick else 1000 if full else 320), "images": images, "fresh": full,
-            "inputs": inputs, "steps": steps, "guidance": guidance, "profile": profile, "margins": api.parse_margins(margin or []),
+            "inputs": inputs, "steps": steps, "guidance": guidance, "profile": profile,
+            "margins": api.parse_margins(margin or []),
             "extractor": "none" if quick and extractor == "auto" else extractor, "extractor_floor": extractor_floor,
             "classifier": classifier, "external": tuple(external or ()), "seed": seed, "batch": batch, "dtype": dtype,
             "device": device, "cost_batches": tuple(cost_batch or (1, 8)),

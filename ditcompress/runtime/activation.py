@@ -20,7 +20,7 @@ from ..formats import _floats
 from ..plan import ActivationSpec
 
 TINY = 1e-12  # scale of an all-zero token
-PART = 2**17  # elements that are quantized at a time: what stays in a core's own cache
+PART = 2**19  # elements that are quantized at a time: what stays in the caches
 
 
 def token_scale(x: Tensor, bits: int) -> Tensor:
