@@ -25,6 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SMALLEST = {"float32": 2.0**-100, "bfloat16": 2.0**-100, "float16": 2.0**-20, "uint8": 2.0**-20, "uint4": 2.0**-20}
 INT8_TOP, UINT4_TOP = 127, 16
 _LARGEST = torch.finfo(torch.float16).max
+PART = 2**19  # values whose candidates are tried together: what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ def rounded(scale: Tensor, kind: str, row: Tensor | None, reach: Tensor | float 
     return scale.to(DTYPES[kind]).float()
 
 
+def _rows(tensor: Tensor, part: slice) -> Tensor:
+    """Those rows of a tensor that has one for each row of groups, or one for all."""
+    return tensor[part] if len(tensor) > 1 else tensor
+
+
 def least_error(
     groups: Tensor,
     cost: Tensor,
@@ -123,8 +129,13 @@ def least_error(
     """
     best: tuple[Tensor, ...] = ()
     least = torch.full_like(groups[..., 0], float("inf"))
+    rows = max(1, PART // max(1, groups[:1].numel()))
+    parts = [slice(start, start + rows) for start in range(0, len(groups), rows)]
     for candidate in candidates:
-        error = (decode(groups, candidate) - groups).square().mul(cost).sum(-1)
+        error = torch.empty_like(least)
+        for part in parts:
+            values, tried = groups[part], tuple(_rows(tensor, part) for tensor in candidate)
+            error[part] = (decode(values, tried) - values).square_().mul_(_rows(cost, part)).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best or candidate, strict=True))
