@@ -31,16 +31,19 @@ __all__ = [
     "set_fused",
 ]
 
+# what is not in api: its module and its name there
+_ELSEWHERE = {
+    "load": (".loading", "load_model"),
+    "set_decode": (".runtime.kernels", "set_decode"),
+    "set_fused": (".runtime.fused", "set_fused"),
+}
 _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module(".loading", __name__).load_model
-    if name == "set_decode":
-        return importlib.import_module(".runtime.kernels", __name__).set_decode
-    if name == "set_fused":
-        return importlib.import_module(".runtime.fused", __name__).set_fused
+    if name in _ELSEWHERE:
+        module, own = _ELSEWHERE[name]
+        return getattr(importlib.import_module(module, __name__), own)
     if name in __all__:
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,6 +32,12 @@ class Parts:
     feed_forward: str
     modulation: str = ""
 
+    @property
+    def paths(self) -> list[str]:
+        """Everything that goes with the text side, inside the block."""
+        found = [self.norm, self.second, self.feed_forward, "attn.to_add_out"]
+        return [*found, self.modulation] if self.modulation else found
+
 
 _CONTEXT = Parts("norm1_context", "norm2_context", "ff_context")
 # Classes of diffusers, by name: others have parts of the same names, but modulate outside of them (FLUX.2) or give
@@ -167,12 +173,10 @@ def text_replaced(model: nn.Module, modules: Mapping[Group, Mapping[str, nn.Modu
                 handle.remove()
 
 
-def apply_groups(model: nn.Module, blocks: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """Blank text sides as a configuration lists them, on a model of these blocks; their paths. E320 for a group that is
-    no stretch of two-stream blocks, or meets another."""
-    if not groups:
-        return []
-    stretches, taken, paths = runs(model, blocks), set[str](), list[str]()
+def apply_groups(model: nn.Module, blocks: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
+    """Blank text sides as a configuration lists them, on a model of these blocks. E320 for a group that is no stretch
+    of two-stream blocks, or meets another."""
+    stretches, taken = runs(model, blocks), set[str]()
     for group in groups:
         run = next((r for r in stretches if group[0] in r and group[-1] in r), [])
         run = run[run.index(group[0]) : run.index(group[-1]) + 1] if run else []
@@ -180,19 +184,11 @@ def apply_groups(model: nn.Module, blocks: Sequence[str], groups: Sequence[Seque
             what = f"{printable(str(list(group)), 80)} are not the ends of a stretch of two-stream blocks of its own"
             raise DitcompressError("E320", f"{WHERE}.text", what, "prune the original again")
         taken |= {*run}
-        made = stand_ins(model, run)
         pair = (group[0], group[-1])
-        apply_text(model, [pair], {pair: made})
-        paths += list(made)
-    return paths
+        apply_text(model, [pair], {pair: stand_ins(model, run)})
 
 
 def text_paths(model: nn.Module) -> list[str]:
     """Paths of everything that stands for text sides."""
-    inputs = [path.rpartition(".")[0] for path, module in model.named_modules() if isinstance(module, TextInput)]
-    found = []
-    for block in inputs:
-        parts = KNOWN[type(model.get_submodule(block)).__name__]
-        leaves = (parts.norm, parts.second, parts.feed_forward, "attn.to_add_out", parts.modulation)
-        found += [f"{block}.{leaf}" for leaf in leaves if leaf]
-    return found
+    blocks = [path.rpartition(".")[0] for path, module in model.named_modules() if isinstance(module, TextInput)]
+    return [f"{block}.{path}" for block in blocks for path in KNOWN[type(model.get_submodule(block)).__name__].paths]

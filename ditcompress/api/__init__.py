@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._facts import check_recipe as check_recipe
     from ._facts import quantize_facts as quantize_facts
+    from ._options import method_settings as method_settings
     from .bench import bench as bench
     from .calibration import calibrate as calibrate
     from .calibration import calibration_plan as calibration_plan
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .compress import QuantizeResult as QuantizeResult
     from .compress import quantize as quantize
     from .depth import PruneResult as PruneResult
-    from .depth import method_settings as method_settings
     from .depth import prune as prune
     from .depth import sensitivity as sensitivity
     from .distill import DistillResult as DistillResult
@@ -73,11 +73,12 @@ __all__ = [
 # where each is: a command imports what it runs, not what others would
 _HOMES = {
     "_facts": ("check_recipe", "quantize_facts"),
+    "_options": ("method_settings",),
     "bench": ("bench",),
     "calibration": ("calibrate", "calibration_plan"),
     "chain": ("ChainResult", "run_recipe", "staged"),
     "compress": ("QuantizeResult", "quantize"),
-    "depth": ("PruneResult", "method_settings", "prune", "sensitivity"),
+    "depth": ("PruneResult", "prune", "sensitivity"),
     "distill": ("DistillResult", "distill"),
     "judge": ("demo", "evaluate", "parse_margins", "report"),
     "look": ("explain", "export", "inspect"),

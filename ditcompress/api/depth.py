@@ -46,7 +46,7 @@ from ..ranks import alone
 from ..sharing import stored_once
 from ..structure import remove_blocks, without_blocks
 from . import _memory
-from ._options import method_settings as method_settings
+from ._options import method_settings
 from ._pruned import cut_tensors, write_pruned
 from .calibration import conditions_for, pick_device, pick_dtype
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio

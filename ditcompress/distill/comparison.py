@@ -22,9 +22,8 @@ class Imitating(Plain):
         self.training = teacher.training
         self.teacher, self.student = teacher.eval(), student.eval().requires_grad_(False)
         self.data, self.size = data, size
-        self.clean_weights: Callable[[Tensor], Tensor] | None = (
-            None  # of errors at timesteps (n,), in the clean latents
-        )
+        # of errors at timesteps (n,), in the clean latents
+        self.clean_weights: Callable[[Tensor], Tensor] | None = None
         self.clean: Tensor | None = None  # the last batch's error so weighted, where it is asked for
         self.task: Tensor | None = None  # the last batch's error against its own target, where data have one
         self.outputs = [BlockOutputs(model, blocks) for model in (teacher, student)] if blocks else []

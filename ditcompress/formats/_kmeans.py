@@ -14,15 +14,15 @@ def nearest(vectors: Tensor, weights: Tensor, codebook: Tensor) -> tuple[Tensor,
 
     vectors, weights: (M, d); codebook: (C, d). The distance is sum(weights * (vector - entry)**2).
     """
-    weighted = weights * vectors
-    constant = (weighted * vectors).sum(1)
-    left, right = torch.cat([weights, weighted], 1), torch.cat([codebook.square(), -2 * codebook], 1).T
+    constant = (weights * vectors.square()).sum(1)
+    right = torch.cat([codebook.square(), -2 * codebook], 1).T
     index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     distance = torch.empty_like(constant)
     step = max(1, _ELEMENTS // len(codebook))
     for start in range(0, len(vectors), step):
         part = slice(start, start + step)
-        least, index[part] = (left[part] @ right).min(1)
+        left = torch.cat([weights[part], weights[part] * vectors[part]], 1)
+        least, index[part] = (left @ right).min(1)
         distance[part] = least + constant[part]
     return index, distance.clamp_min(0)
 

@@ -26,14 +26,13 @@ def clustered(
     weight, bias = _router(centres)
     logits = linear(tokens, weight, bias)
     distance = (tokens.square().sum(1) - 2 * logits.max(1).values).clamp_min(0).mean()
+    lift = torch.zeros_like(bias)
     for _ in range(LIFTS):
-        low = torch.bincount((logits + bias - _router(centres)[1]).argmax(1), minlength=count) < (
-            floor * len(tokens) / count
-        )
+        low = torch.bincount((logits + lift).argmax(1), minlength=count) < floor * len(tokens) / count
         if not bool(low.any()):
             break
-        bias = bias + LIFT * distance * low
-    return weight, bias
+        lift = lift + LIFT * distance * low
+    return weight, bias + lift
 
 
 def _router(centres: Tensor) -> tuple[Tensor, Tensor]:

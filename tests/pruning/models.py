@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditcompress import prune
+from ditcompress.api import PruneResult
+from ditcompress.loading import load_model
 from ditcompress.models import registry
 from ditcompress.models._inputs import built
 
@@ -59,3 +63,27 @@ def bypassed(name: str, model: nn.Module, blocks: list[str]) -> nn.Module:
     for block in blocks:
         model.get_submodule(block).forward = identity  # type: ignore[method-assign, assignment]
     return model
+
+
+def same_everywhere(family: str, folder: Path, options: dict[str, Any]) -> tuple[nn.Module, PruneResult, nn.Module]:
+    """Prune a model of `family` in memory and as a folder: the model stays as it was, and what is in memory, loaded,
+    loaded by stock diffusers, and saved from memory gives the same outputs. The model, the result, the loaded one."""
+    model = deep(family)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(folder / "original")  # type: ignore[operator]
+    made = prune(folder / "original", out=folder / "linear", **options)
+    in_memory = prune(model, **options)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert in_memory.model is not None
+    assert made.facts["width"] == in_memory.facts["width"] and not made.facts["stock"]
+    given = inputs(family, model)
+    output = run(family, in_memory.model, given)
+    stock = type(model).from_pretrained(folder / "linear").eval()  # type: ignore[attr-defined]
+    loaded, _ = load_model(folder / "linear")
+    in_memory.model.save_pretrained(folder / "saved")
+    saved, _ = load_model(folder / "saved")
+    for other in (stock, loaded, saved):
+        assert torch.equal(run(family, other, given), output)
+        assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in loaded.parameters())
+    return model, made, loaded

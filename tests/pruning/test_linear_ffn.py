@@ -25,7 +25,7 @@ from ditcompress.pruning import Probe
 from ditcompress.pruning.width import Context, cut_axes, linear_ffn, narrowing
 from ditcompress.pruning.width.linear_ffn import Params, Sums
 
-from .models import deep, inputs, run
+from .models import deep, inputs, run, same_everywhere
 from .test_width_methods import context
 
 FAMILIES = ["dit", "flux", "pixart", "sd3"]
@@ -119,30 +119,14 @@ def test_the_others_are_measured_again_beside_those_that_went() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_result_is_the_same_in_memory_in_a_folder_and_for_stock_diffusers(family: str, tmp_path: Path) -> None:
-    model = deep(family)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "original")  # type: ignore[operator]
-    made = prune(tmp_path / "original", out=tmp_path / "linear", **OPTIONS)
-    in_memory = prune(model, **OPTIONS)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert in_memory.model is not None
-    assert made.facts["width"] == in_memory.facts["width"] and not made.facts["stock"]
-    given = inputs(family, model)
-    output = run(family, in_memory.model, given)
-    again = type(model).from_pretrained(tmp_path / "linear").eval()  # type: ignore[attr-defined]
-    loaded, _ = load_model(tmp_path / "linear")
-    in_memory.model.save_pretrained(tmp_path / "saved")
-    saved, _ = load_model(tmp_path / "saved")
-    for other in (again, loaded, saved):
-        assert torch.equal(run(family, other, given), output)
+    model, made, loaded = same_everywhere(family, tmp_path, OPTIONS)
     feed_forwards = convertible(model, families.get(family).layout(model))
     whole = {path: sum(p.numel() for p in model.get_submodule(path).parameters()) for path in feed_forwards}
     fits = {path: sum(p.numel() for p in loaded.get_submodule(path).parameters()) for path in feed_forwards}
     gone = sum(whole.values()) - sum(fits.values())
     assert abs(gone - sum(whole.values()) / 2) <= max(whole.values()) / 2
     assert set(made.facts["width"]["linear"]) == {path for path in whole if fits[path] < whole[path]}
-    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in again.parameters()) == gone
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in loaded.parameters()) == gone
 
 
 def test_blocks_go_too_and_the_result_trains_quantizes_and_loads_in_a_fresh_process(tmp_path: Path) -> None:

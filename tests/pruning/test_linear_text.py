@@ -23,7 +23,7 @@ from ditcompress.pruning.width import cut_axes, linear_text, narrowing
 from ditcompress.pruning.width.linear_text import Params
 from ditcompress.text_stream import Nothing, TextInput, parts_of, runs, stand_ins, text_replaced
 
-from .models import deep, inputs, run
+from .models import deep, inputs, run, same_everywhere
 from .test_width_methods import context
 
 B = "transformer_blocks"
@@ -110,23 +110,8 @@ def test_the_fit_is_least_squares_from_the_anchors_text_and_groups_grow() -> Non
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_the_result_is_the_same_in_memory_in_a_folder_and_for_stock_diffusers(family: str, tmp_path: Path) -> None:
-    model = deep(family)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "original")  # type: ignore[operator]
-    made = prune(tmp_path / "original", out=tmp_path / "linear", **OPTIONS)
-    in_memory = prune(model, **OPTIONS)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
-    assert in_memory.model is not None
-    assert made.facts["width"] == in_memory.facts["width"] and not made.facts["stock"]
+    model, made, loaded = same_everywhere(family, tmp_path, OPTIONS)
     ((anchor, last),) = made.facts["width"]["text"]
-    given = inputs(family, model)
-    output = run(family, in_memory.model, given)
-    loaded, _ = load_model(tmp_path / "linear")
-    stock = type(model).from_pretrained(tmp_path / "linear").eval()  # type: ignore[attr-defined]
-    in_memory.model.save_pretrained(tmp_path / "saved")
-    saved, _ = load_model(tmp_path / "saved")
-    for other in (loaded, stock, saved):
-        assert torch.equal(run(family, other, given), output)
     d = 64
     count = int(last.rpartition(".")[2]) - int(anchor.rpartition(".")[2])
     lost = 6 * d * (d + 1) + 4 * d * (d + 1) + d * (4 * d + 1) + d * (d + 1)  # modulation, feed-forward, output

@@ -75,6 +75,13 @@ class Sums:
         """[P, b]^T (width + 1, out)."""
         return torch.linalg.solve(damped(self.gram, ridge), self.cross)
 
+    @torch.no_grad()
+    def fill(self, linear: nn.Linear, ridge: float) -> None:
+        """Give `linear` (width to out) the solution as its weight and bias."""
+        solved = self.solve(ridge)
+        linear.weight.copy_(solved[:-1].T)
+        linear.bias.copy_(solved[-1])
+
 
 def scores(context: Context, axes: Sequence[Axis], params: Params) -> dict[str, Tensor]:
     """The damage of each feed-forward's linear alone, the same for all neurons (units,); infinite for other axes."""
@@ -169,10 +176,7 @@ def _fitted(context: Context, places: Mapping[str, str], params: Params) -> dict
     found = {}
     for path, sums in _sums(context, places, params).items():
         found[path] = blank(context.model, context.layout, places[path])
-        solved = sums.solve(params.ridge)
-        with torch.no_grad():
-            found[path].weight.copy_(solved[:-1].T)
-            found[path].bias.copy_(solved[-1])
+        sums.fill(found[path], params.ridge)
     return found
 
 

@@ -101,8 +101,7 @@ class _Search:
         module = self.model.get_submodule(block)
         parts = parts_of(module)
         assert parts is not None
-        names = [parts.norm, parts.second, parts.feed_forward, "attn.to_add_out", parts.modulation]
-        return sum(_count(module.get_submodule(name)) for name in names if name)
+        return sum(_count(module.get_submodule(path)) for path in parts.paths)
 
     def _linear(self, block: str) -> int:
         width = self.model.get_submodule(f"{block}.attn.add_k_proj").in_features
@@ -188,11 +187,9 @@ class _Search:
                     sums[kind, anchor, block].add(x, y - x, 1.0 if even else probe.weight)
         for pair, equations in sums.items():
             weight = self.model.get_parameter(f"{pair[2]}.attn.add_k_proj.weight")
-            solved = equations.solve(self.params.ridge).to(weight.dtype)
-            linear = nn.Linear(solved.shape[1], solved.shape[1], device=weight.device, dtype=weight.dtype)
-            with torch.no_grad():
-                linear.weight.copy_(solved[:-1].T)
-                linear.bias.copy_(solved[-1])
+            width = weight.shape[1]
+            linear = nn.Linear(width, width, device=weight.device, dtype=weight.dtype)
+            equations.fill(linear, self.params.ridge)
             self.linears[pair] = linear.requires_grad_(False)
 
 
