@@ -79,7 +79,7 @@ class Driven:
 
     def runner(self, seed: int) -> Runner:
         """For steps that decide by running the model: a few steps of a few images."""
-        sampling = Sampling(5, self.guidance, seed + 104729)
+        sampling = Sampling(4, self.guidance, seed + 104729)
         return Runner(self.model, self.adapter, self.config, self.scheduler, self.conditions, sampling)
 
 

@@ -19,7 +19,7 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, adapter: ModuleType, config: Mapping[str, Any], scheduler: Any,
-        conditions: Conditions, sampling: Sampling, images: int = 4,
+        conditions: Conditions, sampling: Sampling, images: int = 3,
     ) -> None:  # fmt: skip
         self.model, self.adapter = model, adapter
         self.guided = conditions.null is not None and sampling.guidance != 1
