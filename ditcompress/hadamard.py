@@ -141,9 +141,9 @@ def unpack_signs(packed: Tensor, width: int) -> Tensor:
 
 def rotate(x: Tensor, sign: Tensor, block: int) -> Tensor:
     """x (..., n) times D H: signs flipped, then transformed."""
-    return transform(x * sign.to(x.dtype), block)
+    return transform(x * sign.to(x), block)
 
 
 def unrotate(x: Tensor, sign: Tensor, block: int) -> Tensor:
     """x (..., n) times (D H)^T."""
-    return transform(x, block, back=True) * sign.to(x.dtype)
+    return transform(x, block, back=True) * sign.to(x)

@@ -131,7 +131,7 @@ def guidance_of(calibration: Calibration, adapter: ModuleType, config: Mapping[s
 
 
 class Overlay:
-    """A source with some tensors replaced."""
+    """A source with some tensors replaced; all are read to the CPU."""
 
     def __init__(self, source: Any, tensors: Mapping[str, Tensor]) -> None:
         self.source, self.replaced = source, tensors
@@ -141,5 +141,5 @@ class Overlay:
         return self.source.tensors  # type: ignore[no-any-return]
 
     def read(self, name: str) -> Tensor:
-        original = self.source.read(name)
+        original = self.source.read(name).cpu()
         return self.replaced[name].to(original.dtype) if name in self.replaced else original

@@ -211,7 +211,8 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
                     checkpoint, recipe.calibration or Calibration(), job.conditions, job.scheduler, job.seed,
                     job.device, job.reporter,
                 )  # fmt: skip
-            plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None)
+            device = pick_device(job.device)
+            plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None, device)
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
@@ -221,7 +222,7 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
                     by, layout, plan, inputs, recipe, seed=job.seed, journal=journal, reporter=job.reporter
                 )  # fmt: skip
             outcome = engine.run(
-                Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), writer,
+                Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded, device), writer,
                 seed=job.seed, journal=journal, reporter=job.reporter,
             )  # fmt: skip
             config = engine.quantization_config(recipe.name, outcome)
@@ -331,7 +332,8 @@ def _quantize_module(
     wanted = recipe.calibration or Calibration()
     settings = settings_of(wanted, seed)
     by = None
-    trained = learns(plan, recipe, sum(p.numel() for p in model.parameters()), str(model.device), reporter)
+    device = next(model.parameters()).device
+    trained = learns(plan, recipe, sum(p.numel() for p in model.parameters()), str(device), reporter)
     if (statistics is None and needs(plan)) or trained or measures(plan):
         scheduler = load_scheduler(source.config, None, adapter, reporter)
         given = conditions_for(source, adapter, settings, None, reporter)
@@ -340,13 +342,13 @@ def _quantize_module(
             statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
     sink = _Memory()
     inputs = statistics.inputs if statistics is not None else {}
-    plan = choose(plan, layout, source.read, inputs, (lambda: by.runner(seed)) if by else None)
+    plan = choose(plan, layout, source.read, inputs, (lambda: by.runner(seed)) if by else None, device)
     tuned = Tuned({}, {})
     if by is not None and trained:
         tuned = tune(by, layout, plan, inputs, recipe, seed=seed, journal=None, reporter=reporter)
     outcome = engine.run(
-        Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded), sink, seed=seed,
-        reporter=reporter,
+        Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded, device), sink,
+        seed=seed, reporter=reporter,
     )  # fmt: skip
     compressed = copy.deepcopy(model)
     fields = with_structure(engine.quantization_config(recipe.name, outcome), source.config)
@@ -354,7 +356,7 @@ def _quantize_module(
     apply_schemes(compressed, config.layer_schemes())
     compressed.load_state_dict(everywhere(sink.tensors, config.shared), strict=True, assign=True)
     compressed.requires_grad_(False)
-    as_loaded(compressed, config)
+    as_loaded(compressed.to(device), config)
     size = sum(t.numel() * t.element_size() for t in sink.tensors.values())
     before = sum(math.prod(header.shape) * header.dtype.itemsize for header in source.tensors.values())
     return QuantizeResult(None, compressed.eval(), plan, outcome.records, before, size)

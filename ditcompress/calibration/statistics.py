@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class InputStatistics:
     def mean(self) -> Tensor:
         """Mean of each channel over all tokens, (K,) float64."""
         return self.total / self.tokens.clamp_min(1e-12)
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same numbers on a device."""
+        held = {name: getattr(self, name) for name in FIELDS}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
 
 
 @dataclass

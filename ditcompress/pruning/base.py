@@ -80,13 +80,15 @@ class Probe:
 @dataclass(frozen=True)
 class Scores:
     """Importance by unit, higher = keep. `by_timestep`: one value for each of `timesteps`; `keep`: units that the
-    method never gives up; `notes`: what else it found, as JSON values for prune.json."""
+    method never gives up; `notes`: what else it found, as JSON values for prune.json; `tensors`: what it made of blocks
+    by the way, as `rewrite` gives them, taken where the block stays."""
 
     values: Mapping[str, float]
     by_timestep: Mapping[str, Sequence[float]] = field(default_factory=dict)
     timesteps: Sequence[float] = ()
     keep: frozenset[str] = frozenset()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -48,12 +48,13 @@ Size = Annotated[int, Field(ge=1, le=14)]  # C(14, 7) is 3432 patterns
 class Params(LearnedParams):
     """`group`: M, or the sizes in forward order, of which the last repeats; `rank` of the adapters (0: only the gates
     learn); `loss`: "output" of the model, or "clean", which weights its error by what it changes in the implied clean
-    latents, and so the noisiest steps most; `gate_rate`: the gates' learning rate; `scale` of the logits; `hot` and
-    `cold`: the temperature at both ends."""
+    latents, and so the noisiest steps most; `keep`: the adapters are merged into the blocks that stay; `gate_rate`: the
+    gates' learning rate; `scale` of the logits; `hot` and `cold`: the temperature at both ends."""
 
     group: Size | list[Size] = 4
     rank: int = Field(8, ge=0)
     loss: Literal["output", "clean"] = "output"
+    keep: bool = False
     gate_rate: float = Field(1e-3, gt=0)
     scale: float = Field(100.0, gt=0)
     hot: float = Field(4.0, gt=0)
@@ -198,8 +199,19 @@ def scores(context: Context, params: Params) -> Scores:
         if any(len(patterns) > 1 for patterns in task.patterns):
             train(task, options, journal=context.journal, reporter=context.reporter)
         found = task.found()
+        tensors = merged(context, adapters) if params.keep and adapters else {}
     values = {unit: stay for row in found for unit, stay in row.pop("stays").items()}
-    return Scores({name: values[name] for name in context.names}, notes={"groups": found})
+    return Scores({name: values[name] for name in context.names}, notes={"groups": found}, tensors=tensors)
+
+
+@torch.no_grad()
+def merged(context: Context, adapters: Adapters) -> dict[str, Tensor]:
+    """The weights (out, in) of all blocks with what their adapters learned."""
+    found = {}
+    for name, change in adapters.changes().items():
+        weight = context.model.get_submodule(name).get_parameter("weight")
+        found[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+    return found
 
 
 def select(context: Context, params: Params, scores: Scores) -> list[str]:

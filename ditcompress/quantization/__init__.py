@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,22 +15,27 @@ from ..plan import LayerDecision, Plan
 from ._runner import Runner
 from .base import Encoded, Group, Layer, range_scale, registry, step_module, validated
 
+CPU = torch.device("cpu")
+
 __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
 
 class RecipeSteps:
     """The steps named in the decisions: those with `prepare` choose the smoothing, the one with `encode` rounds.
-    `tuned` are stored forms that training has found already."""
+    `tuned` are stored forms that training has found already. All of it happens on `device`, one linear (or the readers
+    of one input) at a time; what goes in and comes out lies on the CPU."""
 
-    def __init__(self, tuned: Mapping[str, Encoded] | None = None) -> None:
-        self.tuned = tuned or {}
+    def __init__(self, tuned: Mapping[str, Encoded] | None = None, device: torch.device = CPU) -> None:
+        self.tuned, self.device = tuned or {}, device
 
     def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None:
-        group = Group([Layer(d, w, statistics) for d, w in zip(decisions, weights, strict=True)])
+        there, *moved = self._there(statistics, *weights)
+        group = Group([Layer(d, w, there) for d, w in zip(decisions, moved, strict=True)])
         for step in decisions[0].steps:
             module, params = step_module(step)
             if hasattr(module, "prepare"):
-                return module.prepare(group, params)
+                found = module.prepare(group, params)
+                return None if found is None else found.to(CPU)
         return None
 
     def static(
@@ -37,12 +43,14 @@ class RecipeSteps:
     ) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, each (1,) float32, of a statically quantized input: by the step that chooses them, else from
         the calibrated range."""
-        layer = Layer(decision, weight, statistics, smooth, sign)
-        for step in decision.steps:
-            module, params = step_module(step)
-            if hasattr(module, "static"):
-                return module.static(layer, params)
-        return range_scale(layer)
+        layer = Layer(decision, *self._there(weight, statistics, smooth, sign))
+        chosen = next((s for s in decision.steps if hasattr(registry.get(s.name), "static")), None)
+        if chosen is None:
+            scale, zero = range_scale(layer)
+        else:
+            module, params = step_module(chosen)
+            scale, zero = module.static(layer, params)
+        return scale.to(CPU), None if zero is None else zero.to(CPU)
 
     def encode(
         self,
@@ -56,9 +64,13 @@ class RecipeSteps:
         if decision.site in self.tuned:
             return self.tuned[decision.site]
         generator = torch.Generator().manual_seed(seed)
-        layer = Layer(decision, weight, statistics, smooth, sign, generator)
+        layer = replace(Layer(decision, *self._there(weight, statistics, smooth, sign)), generator=generator)
         module, params = step_module(_encoder(decision))
-        return module.encode(layer, params)
+        return module.encode(layer, params).to(CPU)
+
+    def _there(self, *values: Any) -> list[Any]:
+        """Tensors or the statistics of inputs on the device."""
+        return [value if value is None or self.device == CPU else value.to(self.device) for value in values]
 
 
 def measures(plan: Plan) -> bool:
@@ -72,13 +84,15 @@ def choose(
     read: Callable[[str], Tensor],
     statistics: Mapping[str, Any],
     runner: Callable[[], Runner] | None = None,
+    device: torch.device = CPU,
 ) -> Plan:
     """The plan after every step with a `choose` phase has decided from weights and statistics, or one with a
     `choose_measured` phase by running the model.
 
-    `read` gives the tensor of a name. Such a step is asked once, about the whole plan.
+    `read` gives the tensor of a name; it goes to `device`. Such a step is asked once, about the whole plan.
     """
-    keys = {site.name: site.input_key for site in layout.sites}
+    by_site = _BySite({site.name: site.input_key for site in layout.sites}, statistics, device)
+    weight_of = lambda name: read(f"{name}.weight").to(device)  # noqa: E731
     asked: set[str] = set()
     for decision in plan.layers:
         for step in decision.steps:
@@ -86,14 +100,29 @@ def choose(
             if step.name not in asked and hasattr(module, "choose_measured"):
                 asked.add(step.name)
                 assert runner is not None
-                weight_of = lambda name: read(f"{name}.weight")  # noqa: E731
                 plan = Plan(tuple(module.choose_measured(plan.layers, weight_of, params, runner())), plan.curve)
             if step.name not in asked and hasattr(module, "choose"):
                 asked.add(step.name)
-                by_site = {d.site: statistics.get(keys[d.site]) for d in plan.layers}
-                found = module.choose(plan.layers, lambda name: read(f"{name}.weight"), by_site, params)
+                found = module.choose(plan.layers, weight_of, by_site, params)
                 plan = found if isinstance(found, Plan) else Plan(tuple(found), plan.curve)
     return plan
+
+
+class _BySite(Mapping[str, Any]):
+    """The statistics of each linear's input, on a device while they are looked at; None where there are none."""
+
+    def __init__(self, keys: Mapping[str, str], statistics: Mapping[str, Any], device: torch.device) -> None:
+        self.keys_of, self.statistics, self.device = keys, statistics, device
+
+    def __getitem__(self, site: str) -> Any:
+        found = self.statistics.get(self.keys_of[site])
+        return found if found is None or self.device == CPU else found.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
 
 
 def _encoder(decision: LayerDecision) -> Any:

@@ -14,7 +14,7 @@ Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class InputStatistics(Protocol):
     gram: Tensor | None  # (in, in) X^T X
     reservoir: Tensor  # (rows, in) tokens
     reservoir_bucket: Tensor  # (rows,) their timestep bucket
+
+    def to(self, device: torch.device) -> InputStatistics: ...
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class Encoded:
     packed: PackedWeight
     low_rank: tuple[Tensor, Tensor] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Encoded:
+        """The same form on a device."""
+        tensors, extra = ({name: t.to(device) for name, t in d.items()} for d in (self.packed.tensors, self.extra))
+        factors = None if self.low_rank is None else (self.low_rank[0].to(device), self.low_rank[1].to(device))
+        return Encoded(replace(self.packed, tensors=tensors), factors, extra)
 
     def dequantize(self) -> Tensor:
         """The float32 weight (out, in) that the smoothed input meets."""

@@ -29,7 +29,8 @@ class Params(StrictParams):
 
 def spread(weight: Tensor) -> float:
     """Mean over output channels of log2 of the 0.999 over the 0.25 quantile of |W|."""
-    quantiles = torch.quantile(weight.float().abs(), torch.tensor([0.25, 0.999]), dim=1).clamp_min(1e-30)
+    shares = torch.tensor([0.25, 0.999], device=weight.device)
+    quantiles = torch.quantile(weight.float().abs(), shares, dim=1).clamp_min(1e-30)
     return float((quantiles[1] / quantiles[0]).log2().mean())
 
 

@@ -63,6 +63,7 @@ def asymmetric_range(values: Tensor, bits: int, params: Params) -> tuple[Tensor,
         zeros = torch.tensor([0.0 if low == 0 else float(levels)])
     else:
         zeros = torch.linspace(0, levels, min(params.zeros, levels + 1)).round()
+    zeros = zeros.to(values.device)
     best = (torch.ones(1), torch.zeros(1))
     least = float("inf")
     for i in range(1, params.points + 1):
