@@ -24,6 +24,7 @@ from ..errors import DitcompressError
 from ..loading import load_model
 from ..models import adapter_for
 from ..models.base import Layout
+from ..offload import device_of
 from ..plan import Plan
 from ..quantization import RecipeSteps
 from ..quantization._runner import Runner
@@ -66,6 +67,9 @@ def check_training(recipe: Recipe, plan: Plan) -> None:
             raise DitcompressError("E202", decision.reason, "rotated inputs are not trained", "leave out rotate")
 
 
+JUDGED = 64  # held-out states that decide how much of a training is kept
+
+
 @dataclass(frozen=True)
 class Driven:
     """A model with what drives it."""
@@ -105,15 +109,16 @@ def tune(
     """Train the plan's learning steps on the model, which is not changed."""
     wanted = recipe.training or Training()
     sampling = Sampling(wanted.sample_steps, by.guidance, seed + 7919, batch=wanted.images)
+    after = all(map(optional, plan.layers))  # what is trained begins at a plan that is whole
     data = Trajectories(
         by.model, by.adapter, by.config, by.scheduler, by.conditions, sampling, images=wanted.images,
-        refresh=wanted.refresh, null=wanted.null,
+        refresh=wanted.refresh, null=wanted.null, held=max(1, wanted.images // 8) if after else 0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         task = Imitation(
-            by.model, layout, plan, statistics, RecipeSteps(), data, batch=wanted.batch, total=wanted.steps,
-            features=wanted.features, output=wanted.output, seed=seed,
+            by.model, layout, plan, statistics, RecipeSteps(device=device_of(by.model)), data, batch=wanted.batch,
+            total=wanted.steps, features=wanted.features, output=wanted.output, seed=seed,
         )  # fmt: skip
         try:
             history = train(task, wanted, journal=journal, reporter=reporter)
@@ -121,6 +126,8 @@ def tune(
             task.release()
     first, last = history.losses[0], sum(history.losses[-20:]) / len(history.losses[-20:])
     reporter.note(f"trained {len(history.losses)} steps: loss {first:.3g} -> {last:.3g}")
+    if after and data.held and (share := task.settle(data.judging(wanted.steps - 1, JUDGED))) < 1:
+        reporter.note(f"of what training changed {share:.0%} is kept: more of it is worse on held-out images")
     return task.result(history.losses)
 
 

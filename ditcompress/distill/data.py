@@ -54,18 +54,19 @@ def dropped_out(cond: Mapping[str, Tensor], null: Mapping[str, Tensor] | None, d
 
 
 class Trajectories:
-    """States of `images` trajectories at a time; each set serves `refresh` training steps."""
+    """States of `images` trajectories at a time; each set serves `refresh` training steps. The last `held` images of a
+    set are never trained on: they are for judging (`judging`)."""
 
     def __init__(
         self, teacher: nn.Module, adapter: ModuleType, config: Mapping[str, Any], scheduler: Any,
         conditions: Conditions, sampling: Sampling, *, images: int = 128, refresh: int = 500, null: float = 0.15,
-        reporter: Reporter | None = None, ranks: Ranks = ALONE,
+        held: int = 0, reporter: Reporter | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.teacher, self.adapter, self.config, self.scheduler = teacher, adapter, config, scheduler
         self.conditions, self.sampling = conditions, sampling
         self.images, self.refresh, self.null = images, refresh, null if conditions.null is not None else 0.0
         self.reporter, self.ranks = reporter or Silent(), ranks
-        self.number = -1
+        self.held, self.number = min(held, images - 1), -1
         self.latents = self.timesteps = torch.zeros(0)
 
     def batch(self, step: int, size: int, part: int = 0, rows: slice = EVERY) -> Batch:
@@ -74,8 +75,21 @@ class Trajectories:
         draw = generator(self.sampling.seed, step, 1_000_000 + part)
         steps, images = self.latents.shape[:2]
         where = torch.randint(steps, (size,), generator=draw)[rows]
-        image = torch.randint(images, (size,), generator=draw)[rows]
+        image = torch.randint(images - self.held, (size,), generator=draw)[rows]
         dropped = (torch.rand(size, generator=draw) < self.null)[rows]
+        return self._states(where, image, dropped)
+
+    def judging(self, step: int, size: int) -> Batch:
+        """At most `size` states of the held images of the set that serves `step`, spread evenly over the sampler's
+        steps, with their conditions."""
+        self._renew(step // self.refresh)
+        steps, images = self.latents.shape[:2]
+        places = torch.arange(steps * self.held)[:: max(1, -(-steps * self.held // size))]
+        where, image = places % steps, images - self.held + places // steps
+        return self._states(where, image, torch.zeros(len(where), dtype=torch.bool))
+
+    def _states(self, where: Tensor, image: Tensor, dropped: Tensor) -> Batch:
+        """The states of steps `where` (n,) of the images (n,) of the set, the `dropped` ones without condition."""
         chosen = self.conditions.take((image + self.number * self.images).tolist())
         cond = dropped_out(chosen.cond, chosen.null, dropped)
         return Batch(self.latents[where, image], self.timesteps[where], cond)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +28,7 @@ class RecipeSteps:
         self.tuned, self.device = tuned or {}, device
 
     def prepare(self, decisions: Sequence[LayerDecision], weights: Sequence[Tensor], statistics: Any) -> Tensor | None:
-        there, *moved = self._there(statistics, *weights)
-        group = Group([Layer(d, w, there) for d, w in zip(decisions, moved, strict=True)])
+        group = Group([Layer(d, w, statistics).to(self.device) for d, w in zip(decisions, weights, strict=True)])
         for step in decisions[0].steps:
             module, params = step_module(step)
             if hasattr(module, "prepare"):
@@ -43,7 +41,7 @@ class RecipeSteps:
     ) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, each (1,) float32, of a statically quantized input: by the step that chooses them, else from
         the calibrated range."""
-        layer = Layer(decision, *self._there(weight, statistics, smooth, sign))
+        layer = Layer(decision, weight, statistics, smooth, sign).to(self.device)
         chosen = next((s for s in decision.steps if hasattr(registry.get(s.name), "static")), None)
         if chosen is None:
             scale, zero = range_scale(layer)
@@ -64,13 +62,9 @@ class RecipeSteps:
         if decision.site in self.tuned:
             return self.tuned[decision.site]
         generator = torch.Generator().manual_seed(seed)
-        layer = replace(Layer(decision, *self._there(weight, statistics, smooth, sign)), generator=generator)
+        layer = Layer(decision, weight, statistics, smooth, sign, generator).to(self.device)
         module, params = step_module(_encoder(decision))
         return module.encode(layer, params).to(CPU)
-
-    def _there(self, *values: Any) -> list[Any]:
-        """Tensors or the statistics of inputs on the device."""
-        return [value if value is None or self.device == CPU else value.to(self.device) for value in values]
 
 
 def measures(plan: Plan) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..distill.comparison import Imitating
-from ..distill.data import Trajectories
+from ..distill.data import Batch, Trajectories
+from ..distill.losses import output_loss
 from ..engine import sign_of
 from ..hadamard import rotate, unrotate
 from ..models.base import Layout
@@ -27,6 +28,8 @@ from ..plan import LayerDecision, Plan
 from ..runtime.activation import fake_quantize
 from ..runtime.linear import normed
 from .base import Encoded, Layer, registry, step_module
+
+CPU = torch.device("cpu")
 
 
 class Quantizer(nn.Module):
@@ -144,6 +147,7 @@ class Imitation(Imitating):
         for name in self.parameters():
             self._tensor(name).requires_grad_(True)
         self._set_gains([d.site for d in plan.layers if d.output_norm])
+        self.begun = {name: tensor.detach().clone() for name, tensor in self.parameters().items()}
 
     def _wrap(
         self, decision: LayerDecision, statistics: Any, smooth: Tensor | None, sign: Tensor | None, steps: Any,
@@ -151,10 +155,11 @@ class Imitation(Imitating):
     ) -> None:  # fmt: skip
         linear: Any = self.student.get_submodule(decision.site)
         weight = linear.weight.detach().float()
-        layer = Layer(decision, weight, statistics, smooth, sign, torch.Generator().manual_seed(seed))
+        layer = Layer(decision, weight, statistics, smooth, sign, torch.Generator().manual_seed(seed)).to(weight.device)
+        smooth, sign = layer.smooth, layer.sign
         found = trained_step(decision)
         if found is None or getattr(found[0], "AFTER", False):
-            encoded = steps.encode(decision, weight, statistics, smooth, seed, sign)
+            encoded = steps.encode(decision, weight, statistics, smooth, seed, sign).to(weight.device)
         if found is None:  # rounded once, and part of what the others learn to live with
             fixed = encoded.dequantize()
             fixed = fixed if sign is None else unrotate(fixed, sign, decision.rotate)
@@ -169,7 +174,7 @@ class Imitation(Imitating):
             static = steps.static(decision, weight, statistics, smooth, sign) if wants else None
             linear.register_forward_pre_hook(_RoundInput(decision, smooth, sign, static))
         if decision.output_norm:
-            self.norms[decision.site] = _Norm(torch.ones(len(weight)))
+            self.norms[decision.site] = _Norm(torch.ones(len(weight), device=weight.device))
             linear.register_forward_hook(self.norms[decision.site].hook)
 
     def _set_gains(self, sites: Sequence[str]) -> None:
@@ -244,17 +249,35 @@ class Imitation(Imitating):
             site, _, local = name.partition("::")
             dict(self.quantizers[site].named_buffers())[local].copy_(tensor)
 
+    @torch.no_grad()
+    def settle(self, batch: Batch, shares: Sequence[float] = (1.0, 0.5, 0.25, 0.0)) -> float:
+        """Go only so far from where training began to where it ended as held-out states like best; that share."""
+        given = (batch.latents, batch.timestep, batch.cond)
+        wanted = self.data.adapter.predict(self.teacher, *given).float()
+        ended = {name: tensor.detach().clone() for name, tensor in self.parameters().items()}
+
+        def error(share: float) -> float:
+            for name, tensor in self.parameters().items():
+                tensor.copy_(torch.lerp(self.begun[name], ended[name], share))
+            return float(output_loss(self.data.adapter.predict(self.student, *given).float(), wanted))
+
+        errors = {share: error(share) for share in shares}
+        best = min(shares, key=lambda share: errors[share])
+        error(best)
+        return best
+
     def result(self, losses: Sequence[float]) -> Tuned:
         encoded, tensors = {}, {}
         for site, quantizer in self.quantizers.items():
             linear = self.student.get_submodule(site)
             rounding: Any = linear.parametrizations.weight[0]  # type: ignore[union-attr, index]
             weight = linear.parametrizations.weight.original.detach().float()  # type: ignore[union-attr, operator]
-            encoded[site] = quantizer.encoded(weight if rounding.smooth is None else weight * rounding.smooth)
+            effective = weight if rounding.smooth is None else weight * rounding.smooth
+            encoded[site] = quantizer.encoded(effective).to(CPU)
             if quantizer.trains_bias and linear.bias is not None:
-                tensors[f"{site}.bias"] = linear.bias.detach().clone()  # type: ignore[union-attr, operator]
+                tensors[f"{site}.bias"] = linear.bias.detach().to(CPU, copy=True)  # type: ignore[union-attr, operator]
         for site, norm in self.norms.items():
-            extra = {"output_gain": norm.gain.detach().float().clone()}
+            extra = {"output_gain": norm.gain.detach().to(CPU, torch.float32, copy=True)}
             encoded[site] = replace(encoded[site], extra=extra)
         return Tuned(encoded, tensors, tuple(losses))
 

@@ -59,6 +59,14 @@ class Layer:
     def name(self) -> str:
         return self.decision.site
 
+    def to(self, device: torch.device) -> Layer:
+        """The same linear on a device; its generator stays on the CPU."""
+        if self.weight.device == device and device.type == "cpu":
+            return self
+        statistics = None if self.statistics is None else self.statistics.to(device)
+        smooth, sign = (None if t is None else t.to(device) for t in (self.smooth, self.sign))
+        return replace(self, weight=self.weight.to(device), statistics=statistics, smooth=smooth, sign=sign)
+
     def effective_weight(self) -> Tensor:
         """The weight that meets the smoothed and rotated input, (out, in)."""
         weight = self.weight if self.smooth is None else self.weight * self.smooth

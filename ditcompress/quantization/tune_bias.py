@@ -16,14 +16,15 @@ from ..hadamard import unrotate
 from ._trained import Quantizer
 from .base import Encoded, Layer
 
-NEEDS: tuple[str, ...] = ()
+NEEDS = ("tokens",)
 AFTER = True  # learns on top of what the encoding step made; a plan without training is whole without it
 
 
 class Params(StrictParams):
-    """`rate`: learning rate of the biases."""
+    """`rate`: learning rate of the biases, in units of the error that rounding left in their linear's outputs: a bias
+    must not move by more than it could mend."""
 
-    rate: float = Field(2e-3, gt=0)
+    rate: float = Field(0.03, gt=0)
 
 
 class Fixed(Quantizer):
@@ -33,8 +34,8 @@ class Fixed(Quantizer):
 
     def __init__(self, layer: Layer, params: Params, encoded: Encoded) -> None:
         super().__init__()
-        self.stored, self.rates = encoded, {"bias": params.rate}
-        weight = encoded.dequantize()
+        self.stored, weight = encoded, encoded.dequantize()
+        self.rates = {"bias": params.rate * left(layer, weight)}
         weight = weight if layer.sign is None else unrotate(weight, layer.sign, layer.decision.rotate)
         self.rounded = weight  # no buffer: it is no part of a training state
 
@@ -43,6 +44,12 @@ class Fixed(Quantizer):
 
     def encoded(self, weight: Tensor) -> Encoded:
         return self.stored
+
+
+def left(layer: Layer, rounded: Tensor) -> float:
+    """Root mean square of what rounding changed in the outputs, on the kept tokens."""
+    error = layer.effective_tokens() @ (rounded - layer.effective_weight().float()).T
+    return float(error.square().mean().sqrt())
 
 
 def trainable(layer: Layer, params: Params, encoded: Encoded) -> Quantizer:

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from ditcompress import api, recipe
 from ditcompress.api import _training
+from ditcompress.calibration.conditions import get_conditions
+from ditcompress.calibration.trajectory import Sampling
+from ditcompress.checkpoint.source import ModuleSource
+from ditcompress.distill.data import Trajectories
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
@@ -89,3 +93,36 @@ def test_without_memory_it_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
 def test_folded_smoothing_is_refused() -> None:
     with pytest.raises(DitcompressError, match=r"E202.*smooth: online"):
         api.quantize(families.get("dit").tiny(), small(smooth="fold", steps=["smooth", "rtn", "tune_bias"]))
+
+
+def test_only_as_much_of_a_training_is_kept_as_held_out_states_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that ran away is undone, with a note; the codes and biases are those of no training."""
+    family = families.get("dit")
+    model, settled = family.tiny(), []
+
+    def away(task: Any, *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            for tensor in task.parameters().values():
+                tensor.add_(100 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+        return _training.History((1.0,))
+
+    settle = _training.Imitation.settle
+    monkeypatch.setattr(_training, "train", away)
+    monkeypatch.setattr(_training.Imitation, "settle", lambda *given: settled.append(settle(*given)) or settled[-1])
+    tuned, plain = (api.quantize(model, small(training)).model for training in (TRAINING, None))
+    assert settled == [0.0]
+    assert all(torch.equal(t, plain.state_dict()[name]) for name, t in tuned.state_dict().items())
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    family = families.get("dit")
+    model = family.tiny()
+    conditions = get_conditions(ModuleSource(model), family, 6, 0)
+    scheduler = family.default_scheduler(model.config)
+    data = Trajectories(model, family, model.config, scheduler, conditions, Sampling(3, 1.0, 0), images=6, held=2,
+                        refresh=10)  # fmt: skip
+    judged = data.judging(9, 100)
+    assert len(judged.latents) == 6 and len(judged.timestep.unique()) == 3
+    trained = torch.cat([data.batch(step, 16).latents for step in range(10)]).flatten(1)
+    assert not (trained[:, None] == judged.latents.flatten(1)[None]).all(-1).any()
+    assert len(data.judging(9, 4).latents) == 3
