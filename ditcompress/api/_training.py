@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.conditions import Conditions
+from ..calibration.footprint import free_memory
 from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint
@@ -40,19 +40,10 @@ def learns(plan: Plan, recipe: Recipe, parameters: int, device: str, reporter: R
         return False
     if not all(map(optional, plan.layers)):
         return True
-    needed, free = 12 * parameters, _free_memory(pick_device(device))
+    needed, free = 12 * parameters, free_memory(pick_device(device))
     if needed > free:
         reporter.note(f"not trained: that needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
     return needed <= free
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told by this system
-        return 2**62
 
 
 def check_training(recipe: Recipe, plan: Plan) -> None:

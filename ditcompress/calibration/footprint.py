@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,13 @@ from .collector import GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
 
 ONE_ROW = ("modulation", "time_embedding")  # roles that see one row a sample
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device can still give, without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 class Ledger(TorchDispatchMode):

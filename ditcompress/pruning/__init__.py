@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DitcompressError
-from ..models._table import block_of
 from ._costs import MEASURES, operations, parameters, seconds, unit_costs
 from ._probes import record_probes
-from .base import Context, Probe, ProbeParams, Scores, lowest_first, method, registry
+from .base import Context, Probe, ProbeParams, Scores, lowest_first, method, registry, staying
 
 __all__ = [
     "MEASURES", "Choice", "Context", "Probe", "ProbeParams", "Scores", "check_target", "choose",
@@ -63,7 +62,7 @@ def choose(context: Context, module: ModuleType, params: Any, total: float) -> C
     if not narrower:
         _check(context, module, picked)
     blocks = context.depth.of(picked)
-    tensors = {name: value for name, value in scores.tensors.items() if not block_of(name, blocks)}
+    tensors = staying(context, scores, picked)
     tensors |= dict(module.rewrite(context, params, picked)) if hasattr(module, "rewrite") else {}
     shared = dict(module.share(context, params, picked)) if hasattr(module, "share") else {}
     damage = context.damage(picked, tensors | _copies(context, shared, tensors)) if context.probes else None

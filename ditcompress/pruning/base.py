@@ -37,6 +37,7 @@ from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..models import Depth
+from ..models._table import block_of
 from ..models.base import Layout
 from ..offload import device_of
 from ..registry import Registry, nearest
@@ -261,6 +262,12 @@ def lowest_first(context: Context, scores: Scores) -> list[str]:
     while allowed := context.fitting(removed, scores.keep):
         removed.append(min(allowed, key=lambda name: scores.values[name]))
     return removed
+
+
+def staying(context: Context, scores: Scores, removed: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of `scores` in blocks that are not removed."""
+    gone = context.depth.of(removed)
+    return {name: tensor for name, tensor in scores.tensors.items() if not block_of(name, gone)}
 
 
 def method(

@@ -1,9 +1,12 @@
-"""Prune-best (ours): depth and width together under one budget.
+"""Prune-best (ours): depth and width together under one budget, by measured divisions or by a set that was learned.
 
 Blocks go in the order of `oracle-greedy`; what they leave of the budget is taken from the width of all other blocks by
 `obs-diff`, which refits what stays. Every division of the budget between the two is measured, weighted as the sampler
-uses the prediction, and the best one is made. Depth alone is one of the divisions, so it is never worse than
-`oracle-greedy` on the inputs that it measures; with a small budget width wins, with a large one both have their part.
+uses the prediction. Beside them stands a set of blocks that `tinyfusion` learns with the loss in the clean latents,
+with what its adapters learned merged into the blocks that stay. The best of all on the measured inputs is made: with a
+small budget width wins, with a large one the learned set does (three quarters of the embedded model's blocks: 10.3 dB
+and 98 % of the classes right before any training, 9.8 dB and 45 % without it). Depth alone is one of the divisions, so
+it is never worse than `oracle-greedy` on those inputs.
 """
 
 from __future__ import annotations
@@ -12,33 +15,62 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from ..measures import ratio_db
 from ..models import Depth, account, depth_of, shortened
 from ..models.base import Axis
 from ..structure import without_blocks
-from . import oracle_greedy
+from . import oracle_greedy, tinyfusion
+from ._learned import fits
 from ._probes import spread
-from .base import Context, ProbeParams, Scores
+from .base import Context, ProbeParams, Scores, staying
 
-NEEDS = ("probes", "journal")
+NEEDS = ("probes", "training", "journal")
 MOST_WIDTH = 0.9
 
 
 class Params(ProbeParams):
     """`divisions`: how many of the divisions are measured (0: all), spread evenly; `rounds` of `obs-diff` when they are
-    compared."""
+    compared; `updates` of the learned set (0: none is learned, nor where memory is too small to train) on `rows`
+    states each."""
 
     divisions: int = Field(6, ge=0)
     rounds: int = Field(128, ge=1)
+    updates: int = Field(400, ge=0)
+    rows: int = Field(32, ge=1)
+
+    def learned(self) -> tinyfusion.Params:
+        """How the set is learned: to be kept, so ten times as fast as `tinyfusion` learns what it throws away."""
+        return tinyfusion.Params(
+            samples=self.samples, steps=self.steps, updates=self.updates, rows=self.rows, loss="clean", keep=True,
+            learning_rate=1e-3,
+        )  # fmt: skip
 
 
 def scores(context: Context, params: Params) -> Scores:
-    """Damage of each single removal."""
-    return oracle_greedy.scores(context, oracle_greedy.Params())
+    """Damage of each single removal; the units of the best division or of the learned set are noted as `chosen`, with
+    the new tensors of the latter."""
+    single = oracle_greedy.scores(context, oracle_greedy.Params())
+    error, chosen = _division(context, params, single)
+    if not params.updates or not fits(context, params.rows):
+        return Scores(single.values, notes={"chosen": chosen})
+    learned = tinyfusion.scores(context, params.learned())
+    units = tinyfusion.select(context, params.learned(), learned)
+    tensors = staying(context, learned, units)
+    own = context.damage(units, tensors)
+    notes = {"division_db": ratio_db(error), "learned_db": ratio_db(own), **learned.notes}
+    if own < error and context.enough(units):
+        return Scores(single.values, notes={**notes, "chosen": units}, tensors=tensors)
+    return Scores(single.values, notes={**notes, "chosen": chosen})
 
 
 def select(context: Context, params: Params, scores: Scores) -> list[str]:
-    """The blocks of the best division; `width` tells the rest of it."""
-    order = oracle_greedy.select(context, oracle_greedy.Params(), scores)
+    """The blocks that were chosen; `width` tells the rest of a division."""
+    return list(scores.notes["chosen"])
+
+
+def _division(context: Context, params: Params, single: Scores) -> tuple[float, list[str]]:
+    """The damage of the best division and the blocks that go in it."""
+    order = oracle_greedy.select(context, oracle_greedy.Params(), single)
     prefixes = [order[: len(order) - k] for k in spread(len(order) + 1, params.divisions)]
     able = [units for units in prefixes if _can_be(context, width(context, units))]
     with context.reporter.task("divisions between depth and width", len(able)) as advance:
@@ -47,7 +79,10 @@ def select(context: Context, params: Params, scores: Scores) -> list[str]:
             error = context.remembered("division", units, lambda units=units: damage(context, params, units))  # type: ignore[misc]
             found.append((error, len(found)))
             advance(1)
-    return able[min(found)[1]] if found else order
+    if not found:
+        return float("inf"), order
+    error, place = min(found)
+    return error, able[place]
 
 
 def width(context: Context, units: Sequence[str]) -> float:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ditcompress import api
+from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import adapter_for, build_meta
-from ditcompress.pruning import parameters
+from ditcompress.pruning import _learned, parameters
 from ditcompress.pruning.prune_best import MOST_WIDTH
 
+from .learned import learning
+from .models import deep
+
 FEW = ["samples=2", "steps=3"]
-COARSE = ["divisions=3", "rounds=8"]
+COARSE = ["divisions=3", "rounds=8", "updates=0"]
 
 
 def block_parameters(model: object) -> float:
@@ -39,3 +45,54 @@ def test_the_budget_is_kept_and_nothing_is_worse_than_depth_alone(tmp_path: Path
 def test_its_own_width_goes_with_no_other() -> None:
     with pytest.raises(DitcompressError, match="E203"):
         api.prune(digits_folder(), 0.3, method="prune-best", width_ratio=0.2, overrides=[*FEW, *COARSE], dry_run=True)
+
+
+def test_a_learned_set_is_made_with_its_weights_where_it_is_better_than_every_division(tmp_path: Path) -> None:
+    few = [*FEW, "divisions=3", "rounds=8", "updates=40", "rows=16"]
+    found = api.prune(digits_folder(), 0.75, tmp_path / "out", method="prune-best", seed=1, overrides=few)
+    notes = found.facts["notes"]
+    assert notes["learned_db"] > notes["division_db"] and not found.facts["width"]
+    assert found.facts["output_sqnr_db"] == pytest.approx(notes["learned_db"], abs=1e-6)
+    original, model = (load_model(path)[0].state_dict() for path in (digits_folder(), tmp_path / "out"))
+    places = {row["was"]: row["block"] for row in found.facts["kept"]}
+    assert {unit for group in notes["groups"] for unit in group["kept"]} <= set(places)  # one block always stays
+    for old, new in places.items():
+        assert not torch.equal(model[f"{new}.attn1.to_q.weight"], original[f"{old}.attn1.to_q.weight"])
+
+
+class Noting(Silent):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_nothing_is_learned_where_memory_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = Noting()
+    monkeypatch.setattr(_learned, "free_memory", lambda device: 1_000_000)
+    found = api.prune(digits_folder(), 0.5, method="prune-best", overrides=[*FEW, "divisions=2", "rounds=8"],
+                      dry_run=True, reporter=reporter)  # fmt: skip
+    assert any("no set of blocks is learned: that needs" in line for line in reporter.said)
+    assert "learned_db" not in found.facts["notes"]
+
+
+def test_memory_of_a_training_step_is_that_of_what_autograd_keeps() -> None:
+    """Counted without keeping it, against what is alive at once when it is kept."""
+    found = replace(learning("dit", deep("dit")), reporter=Noting())
+    assert _learned.fits(found, 1) and not _learned.fits(found, 10**7)
+    told = float(found.reporter.said[0].split("needs ")[1].split(" GB")[0])  # type: ignore[attr-defined]
+    alive: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    probe = found.probes[0].rows(slice(0, 1))
+    with found.still(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = found.predict(replace(probe, latents=probe.latents.requires_grad_(True)))
+    weights = {p.untyped_storage().data_ptr() for p in found.model.parameters()}
+    kept = sum(storage.nbytes() for place, storage in alive.items() if place not in weights)
+    assert output.requires_grad and told == pytest.approx(kept * 10**7 / 1e9, rel=0.02)
