@@ -17,7 +17,7 @@ A format may also export
     width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
     Nearest(grid, params, metrics) -> (column, target) -> (index, values)   with width: the nearest vectors in metrics
     draft(params) -> params                those under which errors are estimated in a fraction of the time
-    stackable(params, rows) -> bool        whether grids of weights with `rows` rows can be stacked; yes where it is missing
+    stackable(params, rows) -> bool        whether weights with `rows` rows can be stacked; yes where it is missing
     stack(grids, shape) -> grid            one grid for weights of `shape`, one under the other; `stack_rows` by default
 
 weight: (out, in) float32. A grid is a mapping of tensors that broadcast against (out, in) when expanded by the

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _kmeans, _scales
 from ._bits import pack_bits, packed_width, unpack_bits
+from ._scales import Columns
 from .base import StrictParams
 
 CONJUGATE = 30  # steps of conjugate gradients when codebooks are fitted
@@ -179,7 +180,7 @@ class Nearest:
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: _scales.Columns | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Nearest entries, int32, repeated on the columns of each vector: the shape of `weight`.
 
@@ -205,7 +206,7 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: _scales.Columns | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of any `columns` of a matrix of `shape`."""
     where = _scales.whole(codes.shape[1], columns)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engine import Linear
 from ..errors import DitcompressError
+from ..formats.base import stackable
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ._runner import Runner
@@ -44,6 +46,25 @@ class RecipeSteps:
                 return module.static(layer, params)
         return range_scale(layer)
 
+    def alike(self, decision: LayerDecision, shape: tuple[int, int]) -> Hashable | None:
+        """What weights have in common that one call of the encoder's `encode_many` may take; None for one that is
+        encoded alone."""
+        step = _encoder(decision)
+        together = hasattr(registry.get(step.name), "encode_many") and decision.site not in self.tuned
+        if not together or not stackable(decision.weight, shape[0]):
+            return None
+        return shape, decision.rank, repr((decision.weight, step))
+
+    def encode_many(self, linears: Sequence[Linear]) -> Sequence[Encoded]:
+        """The stored forms of one linear, or of some that are `alike`."""
+        if len(linears) == 1:
+            one = linears[0]
+            return [self.encode(one.decision, one.weight, one.statistics, one.smooth, one.seed, one.sign)]
+        module, params = step_module(_encoder(linears[0].decision))
+        layers = [_layer(o.decision, o.weight, o.statistics, o.smooth, o.seed, o.sign) for o in linears]
+        found: Sequence[Encoded] = module.encode_many(layers, params)
+        return found
+
     def encode(
         self,
         decision: LayerDecision,
@@ -53,12 +74,17 @@ class RecipeSteps:
         seed: int,
         sign: Tensor | None = None,
     ) -> Encoded:
+        """The stored form of one weight: what training has found, else by the step that encodes."""
         if decision.site in self.tuned:
             return self.tuned[decision.site]
-        generator = torch.Generator().manual_seed(seed)
-        layer = Layer(decision, weight, statistics, smooth, sign, generator)
         module, params = step_module(_encoder(decision))
-        return module.encode(layer, params)
+        return module.encode(_layer(decision, weight, statistics, smooth, seed, sign), params)
+
+
+def _layer(
+    decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int, sign: Tensor | None
+) -> Layer:
+    return Layer(decision, weight, statistics, smooth, sign, torch.Generator().manual_seed(seed))
 
 
 def measures(plan: Plan) -> bool:

@@ -52,9 +52,7 @@ def inverse_factor(hessian: Tensor, where: str) -> Tensor:
     )
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, names: Sequence[str] = ()
-) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, grid: Any, fmt: ModuleType, params: Any, names: Sequence[str] = ()) -> Tensor:
     """Codes (B * out, in), int32. The columns are visited from the largest to the smallest diagonal of the Hessian
     (the order GPTQ calls act-order), which the grid allows because its scales are fixed beforehand. `hessian` is
     (in, in) or (B, in, in); `names` of the B weights."""
@@ -74,7 +72,7 @@ def gptq(
         stop = min(start + size, shape[1])
         block, errors = remaining[:, start:stop], torch.empty_like(remaining[:, start:stop])
         corner = factor[:, start:stop, start:stop]
-        for j in range(0, stop - start, width):  # a vector is coded whole; its columns' errors are then spread one by one
+        for j in range(0, stop - start, width):  # a vector is coded whole, its columns' errors one by one
             span = slice(j, min(j + width, stop - start))
             where = order[:, None, start + span.start : start + span.stop].expand(-1, shape[0] // count, -1)
             where = where.reshape(shape[0], -1)
