@@ -28,9 +28,8 @@ from .models.base import Axis, Layout, Site
 from .plan import LayerDecision, Plan
 from .structure import fold_producers, readers
 
-# Bytes in float64 of the tensors and Hessians of blocks that are taken together, and of weights and Hessians that are
-# encoded together. A block or a weight that has more is taken alone.
-WINDOW, BATCH = 256_000_000, 32_000_000
+WINDOW = 64_000_000  # bytes of tensors as stored: blocks that are taken together; a larger one is taken alone
+BATCH = 64_000_000  # bytes of weights and Hessians in float64 that are encoded together; a larger weight is alone
 
 
 class Source(Protocol):
@@ -189,7 +188,7 @@ class _Worker:
         for unit in units:
             sites = self._sites(unit) if unit else []
             together = any(self.steps.alike(self.decisions[site.name], _shape(site)) is not None for site in sites)
-            size = self._bytes(unit, sites) if together else WINDOW
+            size = self._bytes(unit) if together else WINDOW
             if size > room:
                 found.append([])
                 room = WINDOW
@@ -200,10 +199,9 @@ class _Worker:
     def _sites(self, unit: str) -> list[Site]:
         return [site for site in self.layout.sites if site.block == unit and site.name in self.decisions]
 
-    def _bytes(self, unit: str, sites: Sequence[Site]) -> int:
-        """Of a block's tensors and Hessians in float64."""
-        counts = (math.prod(self.source.tensors[name].shape) for name in _names(self.source, self.layout, unit))
-        return 8 * (sum(counts) + sum(site.in_features**2 for site in sites))
+    def _bytes(self, unit: str) -> int:
+        found = [self.source.tensors[name] for name in _names(self.source, self.layout, unit)]
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found)
 
     def window(self, units: Sequence[str]) -> list[Unit]:
         """All tensors of some blocks after compression."""

@@ -128,34 +128,34 @@ def descend(
     hessian = hessian.reshape(-1, shape[1], shape[1])
     count, width = len(hessian), coded_together(fmt, params)
     size = max(BLOCK // width * width, width)
-    target = _columns_first(weight, count).to(hessian.dtype).contiguous()
-    error = target - _columns_first(fmt.value(codes, grid, params, shape), count)
+    values = _columns_first(fmt.value(codes, grid, params, shape), count)
+    values = values.to(hessian.dtype).contiguous()
     codes = _columns_first(codes, count).clone(memory_format=torch.contiguous_format)
-    gradient = hessian @ error
+    gradient = hessian @ (_columns_first(weight, count) - values)
     step = (_column if width == 1 else _vector)(shape, hessian, grid, fmt, params)
     for _ in range(sweeps):
         changed = False
         for start in range(0, shape[1], size):
             block = slice(start, min(start + size, shape[1]))
-            before, old = error[:, block].clone(), codes[:, block].clone()
-            _descend_block(step, target, codes, error, gradient, hessian, block, width)
+            before, old = values[:, block].clone(), codes[:, block].clone()
+            _descend_block(step, codes, values, gradient, hessian, block, width)
             if not torch.equal(old, codes[:, block]):
-                gradient.baddbmm_(hessian[:, :, block], error[:, block] - before)
+                gradient.baddbmm_(hessian[:, :, block], before - values[:, block])
                 changed = True
         if not changed:
             break
     return _rows_first(codes)
 
 
-# column or vector, and the weight there less the error, (B, w, out), and the gradient -> best codes, and their values
+# column or vector, its values (B, w, out) and their gradient -> the best codes and values with all others fixed
 Step = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _column(shape: tuple[int, int], hessian: Tensor, grid: Any, fmt: ModuleType, params: Any) -> Step:
     inverse = 1 / hessian.diagonal(dim1=1, dim2=2)
 
-    def step(column: slice, quantized: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        best = torch.addcmul(quantized, gradient, inverse[:, column, None])
+    def step(column: slice, values: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        best = torch.addcmul(values, gradient, inverse[:, column, None])
         codes = fmt.code(best.reshape(-1, 1).float(), grid, params, shape, column)
         return codes.view(best.shape), fmt.value(codes, grid, params, shape, column).view(best.shape)
 
@@ -168,31 +168,27 @@ def _vector(shape: tuple[int, int], hessian: Tensor, grid: Any, fmt: ModuleType,
     nearest = fmt.Nearest(grid, params, metrics)
     inverses = {k: torch.linalg.inv(metric).to(hessian.dtype) for k, metric in metrics.items()}
 
-    def step(column: slice, quantized: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        best = quantized + inverses[column.start] @ gradient
-        index, values = nearest(column.start, _rows_first(best).double())
-        return index.view(count, 1, -1).to(torch.int32), _columns_first(values, count)
+    def step(column: slice, values: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        best = values + inverses[column.start] @ gradient
+        index, found = nearest(column.start, _rows_first(best).double())
+        return index.view(count, 1, -1).to(torch.int32), _columns_first(found, count)
 
     return step
 
 
 def _descend_block(
-    step: Step, weight: Tensor, codes: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor, block: slice,
-    width: int,
-) -> None:  # fmt: skip
-    """One pass over the columns of a block; changes `codes` and `error` there."""
-    local, corner = gradient[:, block].clone(), hessian[:, block, block]
+    step: Step, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor, block: slice, width: int
+) -> None:
+    """One pass over the columns of a block; changes `codes` and `values` there."""
+    local, corner = gradient[:, block].clone(), hessian[:, block, block].unsqueeze(-1)
     for k in range(block.start, block.stop, width):
-        column = slice(k, min(k + width, block.stop))
-        inner = slice(k - block.start, column.stop - block.start)
-        chosen, values = step(column, weight[:, column] - error[:, column], local[:, inner])
-        codes[:, column] = chosen
-        new_error = weight[:, column] - values
-        moved = new_error - error[:, column]
-        for i in range(inner.start, inner.stop):
-            after = slice(inner.stop, None)
-            local[:, after].addcmul_(corner[:, i, after, None], moved[:, i - inner.start, None])
-        error[:, column] = new_error
+        column, stop = slice(k, min(k + width, block.stop)), min(k + width, block.stop) - block.start
+        old = values[:, column]
+        codes[:, column], new = step(column, old, local[:, k - block.start : stop])
+        moved, after = old - new, local[:, stop:]
+        for i in range(column.stop - k):
+            after.addcmul_(corner[:, k - block.start + i, stop:], moved[:, i : i + 1])
+        values[:, column] = new
 
 
 def alternate(
