@@ -29,7 +29,7 @@ from .plan import LayerDecision, Plan
 from .structure import fold_producers, readers
 
 WINDOW = 64_000_000  # bytes of tensors as stored: blocks that are taken together; a larger one is taken alone
-BATCH = 64_000_000  # bytes of weights and Hessians in float64 that are encoded together; a larger weight is alone
+BATCH = 32_000_000  # bytes of weights and Hessians in float64 that are encoded together; a larger weight is alone
 
 
 class Source(Protocol):
@@ -166,6 +166,11 @@ def _shape(site: Site) -> tuple[int, int]:
     return site.out_features, site.in_features
 
 
+def most_together(site: Site) -> int:
+    """How many linears of this site's shape are encoded together at most."""
+    return max(1, BATCH // (8 * site.in_features * (site.in_features + site.out_features)))
+
+
 @dataclass
 class _Worker:
     source: Source
@@ -219,8 +224,7 @@ class _Worker:
         for number, (block, site) in enumerate(waiting):
             key = self.steps.alike(self.decisions[site.name], _shape(site))
             batches = groups.setdefault(number if key is None else (key, _shape(site)), [[]])
-            most = max(1, BATCH // (8 * site.in_features * (site.in_features + site.out_features)))
-            if len(batches[-1]) == most:
+            if len(batches[-1]) == most_together(site):
                 batches.append([])
             batches[-1].append((block, site))
         return [batch for batches in groups.values() for batch in batches]

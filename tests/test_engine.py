@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ditcompress import api, engine, recipe
+from ditcompress.api.compress import _Memory
 from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.loading import load_model
 from ditcompress.models import registry as families
@@ -100,7 +101,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
     model = family.tiny()
     source, layout = ModuleSource(model), family.layout(model)
     plan = recipe.make_plan(recipe.load_recipe("w4a16-rtn"), layout)
-    whole = api.compress._Memory()
+    whole = _Memory()
     engine.run(source, layout, plan, {}, RecipeSteps(), whole)
 
     class Stops(RecipeSteps):
@@ -113,9 +114,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
             return super().encode(*args)
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(source, layout, plan, {}, Stops(), api.compress._Memory(), journal=tmp_path)
+        engine.run(source, layout, plan, {}, Stops(), _Memory(), journal=tmp_path)
     assert (tmp_path / "unit-00000.json").exists()
-    resumed = api.compress._Memory()
+    resumed = _Memory()
     Stops.calls = 100
     outcome = engine.run(source, layout, plan, {}, Stops(), resumed, journal=tmp_path)
     assert Stops.calls < 100 + 18  # the first block was not done again
@@ -151,7 +152,7 @@ def test_blocks_that_are_taken_together_come_out_as_each_alone(monkeypatch: pyte
     found = []
     for room in (engine.WINDOW, 0):
         monkeypatch.setattr(engine, "WINDOW", room)
-        steps, sink = Counts(), api.compress._Memory()
+        steps, sink = Counts(), _Memory()
         outcome = engine.run(source, layout, plan, inputs, steps, sink)
         found.append((sink.tensors, steps.sizes, outcome))
     (wide, many, first), (narrow, few, second) = found
@@ -166,13 +167,13 @@ def test_what_is_encoded_together_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     source, layout, plan, inputs = together()
     monkeypatch.setattr(engine, "BATCH", 0)
     steps = Counts()
-    engine.run(source, layout, plan, inputs, steps, api.compress._Memory())
+    engine.run(source, layout, plan, inputs, steps, _Memory())
     assert set(steps.sizes) == {1}
 
 
 def test_a_window_that_was_interrupted_is_done_again_with_the_same_bytes(tmp_path: Path) -> None:
     source, layout, plan, inputs = together()
-    whole, again = api.compress._Memory(), api.compress._Memory()
+    whole, again = _Memory(), _Memory()
     engine.run(source, layout, plan, inputs, RecipeSteps(), whole, journal=tmp_path)
     (tmp_path / "unit-00003.json").unlink()
     steps = Counts()
