@@ -1,31 +1,35 @@
 """The block loop: applies a plan to a checkpoint one block at a time, so memory is bounded by the largest block.
 
 For each block: smoothing vectors are chosen from the weights and statistics, their inverses are folded into the
-producers, then every planned weight is encoded. Finished blocks can be kept in a journal folder, so that an
-interrupted run goes on where it stopped and gives the same bytes.
+producers, then every planned weight is encoded. Where a step can encode weights of equal shape together, small blocks
+that follow one another are taken together too, as many as `WINDOW` bytes hold. Finished blocks can be kept in a journal
+folder, so that an interrupted run goes on where it stopped and gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .console import Reporter, Silent
 from .errors import DitcompressError
 from .hadamard import pack_signs, rotate, signs
+from .journal import LayerRecord, Unit, is_stored, load_unit, save_unit
 from .measures import sqnr_db
 from .models.base import Axis, Layout, Site
 from .plan import LayerDecision, Plan
 from .structure import fold_producers, readers
+
+WINDOW = 64_000_000  # bytes of tensors as stored: blocks that are taken together; a larger one is taken alone
+BATCH = 32_000_000  # bytes of weights and Hessians in float64 that are encoded together; a larger weight is alone
 
 
 class Source(Protocol):
@@ -54,32 +58,24 @@ class Steps(Protocol):
         self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, sign: Tensor | None
     ) -> tuple[Tensor, Tensor | None]: ...
 
-    def encode(
-        self,
-        decision: LayerDecision,
-        weight: Tensor,
-        statistics: Any,
-        smooth: Tensor | None,
-        seed: int,
-        sign: Tensor | None = None,
-    ) -> Any: ...
+    def alike(self, decision: LayerDecision, shape: tuple[int, int]) -> Hashable | None:
+        """What weights have in common that may be encoded together; None for one that is encoded alone."""
+        ...
+
+    def encode_many(self, linears: Sequence[Linear]) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """What was done to one linear. `bits`: stored bits per weight, scales and low-rank factors included."""
+class Linear:
+    """One linear as it is handed to `Steps`: its float32 weight (out, in), before the smoothing of its input (`smooth`,
+    (in,)) and the signs of its Hadamard transform (`sign`, (in,))."""
 
-    site: str
-    role: str
-    block: str
-    shape: tuple[int, int]
-    format: str
-    bits: float
-    stored_bytes: int
-    smooth: str
-    rank: int
-    weight_sqnr_db: float | None
-    reason: str
+    decision: LayerDecision
+    weight: Tensor
+    statistics: Any
+    smooth: Tensor | None
+    seed: int
+    sign: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +108,7 @@ def run(
     records: list[LayerRecord] = []
     schemes: dict[str, Mapping[str, Any]] = {}
     with reporter.task("quantize", len(units)) as advance:
-        for number, unit in enumerate(units):
-            stored = _load_unit(journal, number)
-            if stored is None:
-                stored = worker.unit(unit)
-                _save_unit(journal, number, stored)
+        for unit, stored in _stored_units(worker, units, journal):
             tensors, unit_records, unit_schemes = stored
             for name in sorted(tensors):
                 sink.add(name, tensors[name])
@@ -129,7 +121,19 @@ def run(
     return Outcome(tuple(sorted(records, key=lambda r: order[r.site])), schemes)
 
 
-Unit = tuple[dict[str, Tensor], list[LayerRecord], dict[str, dict[str, Any]]]
+def _stored_units(worker: _Worker, units: Sequence[str], journal: Path | None) -> Iterator[tuple[str, Unit]]:
+    """All units after compression, in order. Those that are taken together are all done again unless the journal has
+    them all: sums of another batch might be rounded differently."""
+    numbers = {unit: number for number, unit in enumerate(units)}
+    for window in worker.windows(units):
+        if journal is not None and all(is_stored(journal, numbers[unit]) for unit in window):
+            yield from ((unit, load_unit(journal, numbers[unit])) for unit in window)
+            continue
+        made = worker.window(window)
+        for unit, stored in zip(window, made, strict=True):
+            if journal is not None:
+                save_unit(journal, numbers[unit], stored)
+        yield from zip(window, made, strict=True)
 
 
 def _names(source: Source, layout: Layout, unit: str) -> list[str]:
@@ -148,6 +152,26 @@ def _copy_rest(source: Source, layout: Layout, written: set[str], sink: Sink) ->
 
 
 @dataclass
+class _Open:
+    """A block at work: its tensors so far, and the smoothing vector and "fold" or "online" of smoothed sites."""
+
+    sites: list[Site]
+    tensors: dict[str, Tensor]
+    smooth: Mapping[str, tuple[Tensor, str]]
+    records: list[LayerRecord] = field(default_factory=list)
+    schemes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _shape(site: Site) -> tuple[int, int]:
+    return site.out_features, site.in_features
+
+
+def most_together(site: Site) -> int:
+    """How many linears of this site's shape are encoded together at most."""
+    return max(1, BATCH // (8 * site.in_features * (site.in_features + site.out_features)))
+
+
+@dataclass
 class _Worker:
     source: Source
     layout: Layout
@@ -162,36 +186,78 @@ class _Worker:
             f"{site.name}.weight" for site in self.layout.sites if site.name in self.decisions and not site.block
         }
 
-    def unit(self, unit: str) -> Unit:
-        """All tensors of one block after compression."""
-        sites = [s for s in self.layout.sites if s.block == unit and s.name in self.decisions]
+    def windows(self, units: Sequence[str]) -> list[list[str]]:
+        """The units in runs that are taken together."""
+        found: list[list[str]] = []
+        room = 0
+        for unit in units:
+            sites = self._sites(unit) if unit else []
+            together = any(self.steps.alike(self.decisions[site.name], _shape(site)) is not None for site in sites)
+            size = self._bytes(unit) if together else WINDOW
+            if size > room:
+                found.append([])
+                room = WINDOW
+            found[-1].append(unit)
+            room -= size
+        return found
+
+    def _sites(self, unit: str) -> list[Site]:
+        return [site for site in self.layout.sites if site.block == unit and site.name in self.decisions]
+
+    def _bytes(self, unit: str) -> int:
+        found = [self.source.tensors[name] for name in _names(self.source, self.layout, unit)]
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found)
+
+    def window(self, units: Sequence[str]) -> list[Unit]:
+        """All tensors of some blocks after compression."""
+        opened = [self._open(unit) for unit in units]
+        for batch in self._batches([(block, site) for block in opened for site in block.sites]):
+            linears = [self._linear(block, site) for block, site in batch]
+            encoded = self.steps.encode_many(linears)
+            for (block, site), linear, found in zip(batch, linears, encoded, strict=True):
+                self._keep(block, site, linear, found)
+        return [(block.tensors, block.records, block.schemes) for block in opened]
+
+    def _batches(self, waiting: Sequence[tuple[_Open, Site]]) -> list[list[tuple[_Open, Site]]]:
+        """Linears that are encoded together: alike, of equal shape and within `BATCH` bytes."""
+        groups: dict[Hashable, list[list[tuple[_Open, Site]]]] = {}
+        for number, (block, site) in enumerate(waiting):
+            key = self.steps.alike(self.decisions[site.name], _shape(site))
+            batches = groups.setdefault(number if key is None else (key, _shape(site)), [[]])
+            if len(batches[-1]) == most_together(site):
+                batches.append([])
+            batches[-1].append((block, site))
+        return [batch for batches in groups.values() for batch in batches]
+
+    def _open(self, unit: str) -> _Open:
+        """A block with its smoothing folded."""
+        sites = self._sites(unit)
         if unit:
             tensors = {name: self.source.read(name) for name in _names(self.source, self.layout, unit)}
         else:
             tensors = {f"{site.name}.weight": self.source.read(f"{site.name}.weight") for site in sites}
         smooth, folded = self._smooth(sites, tensors)
-        tensors = self._fold(tensors, folded, unit)
-        records, schemes = [], {}
-        for site in sites:
-            decision = self.decisions[site.name]
-            weight = tensors.pop(f"{site.name}.weight").float()
-            s, how = smooth.get(site.name, (None, "none"))
-            sign = self._sign(site)
-            statistics = self.statistics.get(site.input_key)
-            encoded = self.steps.encode(decision, weight, statistics, s, self._seed(site.name), sign)
-            extra = self._static(decision, weight, site, s) | (
-                {} if sign is None else {"rotate_sign": pack_signs(sign)}
-            )
-            if decision.output_norm and "output_gain" not in encoded.extra:
-                raise DitcompressError("E202", site.name, "output_norm needs a step that is trained", "use terdit")
-            stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
-            _check(stored)
-            reference = weight if s is None else weight * s
-            reference = reference if sign is None else rotate(reference, sign, decision.rotate)
-            records.append(record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
-            schemes[site.name] = scheme_of(decision, how)
-            tensors |= stored
-        return tensors, records, schemes
+        return _Open(sites, self._fold(tensors, folded, unit), smooth)
+
+    def _linear(self, block: _Open, site: Site) -> Linear:
+        weight = block.tensors.pop(f"{site.name}.weight").float()
+        smooth, statistics = block.smooth.get(site.name, (None, ""))[0], self.statistics.get(site.input_key)
+        return Linear(self.decisions[site.name], weight, statistics, smooth, self._seed(site.name), self._sign(site))
+
+    def _keep(self, block: _Open, site: Site, linear: Linear, encoded: Any) -> None:
+        """Take the stored form of a linear, and note what was done."""
+        decision, weight, s, sign = linear.decision, linear.weight, linear.smooth, linear.sign
+        how = block.smooth.get(site.name, (None, "none"))[1]
+        extra = self._static(decision, weight, site, s) | ({} if sign is None else {"rotate_sign": pack_signs(sign)})
+        if decision.output_norm and "output_gain" not in encoded.extra:
+            raise DitcompressError("E202", site.name, "output_norm needs a step that is trained", "use terdit")
+        stored = stored_tensors(site.name, encoded, s if how == "online" else None, extra)
+        _check(stored)
+        reference = weight if s is None else weight * s
+        reference = reference if sign is None else rotate(reference, sign, decision.rotate)
+        block.records.append(record(site, decision, stored, how, sqnr_db(reference, encoded.dequantize())))
+        block.schemes[site.name] = scheme_of(decision, how)
+        block.tensors |= stored
 
     def _seed(self, name: str) -> int:
         return _seed_of(self.seed, name)
@@ -331,26 +397,3 @@ def quantization_config(recipe_name: str, outcome: Outcome) -> dict[str, Any]:
             schemes[numbers[key]] = scheme
         layers[record.site] = numbers[key]
     return {"quant_method": "ditcompress", "version": 1, "recipe": recipe_name, "schemes": schemes, "layers": layers}
-
-
-# --- the journal: one file of tensors and one of records for each finished unit ------------------------------------
-
-
-def _load_unit(journal: Path | None, number: int) -> Unit | None:
-    """A finished unit, or None. The records file is renamed into place last, so its presence means both are whole."""
-    if journal is None or not (journal / f"unit-{number:05d}.json").exists():
-        return None
-    facts = json.loads((journal / f"unit-{number:05d}.json").read_text())
-    records = [LayerRecord(**{**r, "shape": tuple(r["shape"])}) for r in facts["records"]]
-    return load_file(journal / f"unit-{number:05d}.safetensors"), records, facts["schemes"]
-
-
-def _save_unit(journal: Path | None, number: int, unit: Unit) -> None:
-    if journal is None:
-        return
-    tensors, records, schemes = unit
-    base = journal / f"unit-{number:05d}"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{base}.part")
-    os.replace(f"{base}.part", f"{base}.safetensors")
-    Path(f"{base}.part").write_text(json.dumps({"records": [asdict(r) for r in records], "schemes": schemes}))
-    os.replace(f"{base}.part", f"{base}.json")

@@ -32,6 +32,10 @@ class There(Tensor):
         made.raw = raw
         return made
 
+    def tolist(self) -> Any:
+        """Torch refuses it for subclasses."""
+        return self.raw.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})

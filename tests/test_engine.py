@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from ditcompress import api, engine, recipe
+from ditcompress.api.compress import _Memory
 from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.loading import load_model
 from ditcompress.models import registry as families
 from ditcompress.plan import StepSpec
 from ditcompress.quantization import RecipeSteps, check_plan
+
+from .pruning.models import deep
 
 NAMES = [n for n in families.names() if n != "generic"]
 
@@ -98,7 +101,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
     model = family.tiny()
     source, layout = ModuleSource(model), family.layout(model)
     plan = recipe.make_plan(recipe.load_recipe("w4a16-rtn"), layout)
-    whole = api.compress._Memory()
+    whole = _Memory()
     engine.run(source, layout, plan, {}, RecipeSteps(), whole)
 
     class Stops(RecipeSteps):
@@ -111,14 +114,73 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
             return super().encode(*args)
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(source, layout, plan, {}, Stops(), api.compress._Memory(), journal=tmp_path)
+        engine.run(source, layout, plan, {}, Stops(), _Memory(), journal=tmp_path)
     assert (tmp_path / "unit-00000.json").exists()
-    resumed = api.compress._Memory()
+    resumed = _Memory()
     Stops.calls = 100
     outcome = engine.run(source, layout, plan, {}, Stops(), resumed, journal=tmp_path)
     assert Stops.calls < 100 + 18  # the first block was not done again
     assert list(resumed.tensors) == list(whole.tensors) and len(outcome.records) == 18
     assert all(torch.equal(resumed.tensors[n], t) for n, t in whole.tensors.items())
+
+
+class Counts(RecipeSteps):
+    """How many linears were encoded together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def encode_many(self, linears: Any) -> Any:
+        self.sizes.append(len(linears))
+        return super().encode_many(linears)
+
+
+def together(recipe_name: str = "w4a16") -> tuple[ModuleSource, Any, Any, dict[str, Any]]:
+    """A model of five blocks, its plan, and inputs with Gram matrices of their own."""
+    model = deep("dit")
+    source, layout = ModuleSource(model), families.get("dit").layout(model)
+    inputs: dict[str, Any] = {}
+    for number, site in enumerate(layout.sites):
+        tokens = torch.randn(200, site.in_features, generator=torch.Generator().manual_seed(number))
+        inputs[site.input_key] = SimpleNamespace(gram=tokens.T @ tokens)
+    return source, layout, recipe.make_plan(quick(recipe_name), layout), inputs
+
+
+def test_blocks_that_are_taken_together_come_out_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, layout, plan, inputs = together()
+    found = []
+    for room in (engine.WINDOW, 0):
+        monkeypatch.setattr(engine, "WINDOW", room)
+        steps, sink = Counts(), _Memory()
+        outcome = engine.run(source, layout, plan, inputs, steps, sink)
+        found.append((sink.tensors, steps.sizes, outcome))
+    (wide, many, first), (narrow, few, second) = found
+    assert max(many) >= 5 * max(few) and sum(many) == sum(few) == len(first.records)
+    assert list(wide) == list(narrow) and first.schemes == second.schemes
+    assert [r.site for r in first.records] == [r.site for r in second.records]
+    for name, tensor in wide.items():
+        assert torch.allclose(tensor.double(), narrow[name].double(), rtol=1e-3), name
+
+
+def test_what_is_encoded_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, layout, plan, inputs = together()
+    monkeypatch.setattr(engine, "BATCH", 0)
+    steps = Counts()
+    engine.run(source, layout, plan, inputs, steps, _Memory())
+    assert set(steps.sizes) == {1}
+
+
+def test_a_window_that_was_interrupted_is_done_again_with_the_same_bytes(tmp_path: Path) -> None:
+    source, layout, plan, inputs = together()
+    whole, again = _Memory(), _Memory()
+    engine.run(source, layout, plan, inputs, RecipeSteps(), whole, journal=tmp_path)
+    (tmp_path / "unit-00003.json").unlink()
+    steps = Counts()
+    engine.run(source, layout, plan, inputs, steps, again, journal=tmp_path)
+    assert steps.sizes  # the blocks, not what stands outside of them
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.tensors.items())
+    assert (tmp_path / "unit-00003.json").exists()
 
 
 def test_static_activations_use_the_calibrated_range() -> None:

@@ -13,15 +13,16 @@ from ..calibration.collect import CalibrationSettings
 from ..calibration.footprint import Hook, branches_of, collect_bytes, pass_bytes, statistics_bytes
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter, Silent, size
+from ..engine import WINDOW, most_together
 from ..errors import DitcompressError
 from ..loading import stored_dtypes
 from ..models import adapter_for
 from ..models._table import block_of
-from ..models.base import Layout
+from ..models.base import Layout, Site
 from ..offload import check_offload
 from ..plan import Plan
 from ..pruning import ProbeParams
-from ..quantization import measures, needs
+from ..quantization import RecipeSteps, measures, needs
 from ..quantization._trained import optional, trained_step
 from ..recipe import Calibration, Recipe
 from ._options import pick_dtype, settings_of
@@ -138,18 +139,28 @@ def _keeping(kept: list[Any]) -> Hook:
 
 
 def of_encoding(checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: int) -> Memory:
-    """Of rounding block by block: the largest block as stored, a dozen float32 copies of its largest weight, and solves
-    in float64 on its inputs' Gram matrices."""
+    """Of rounding block by block: the largest block as stored, or what is taken together of smaller ones; a dozen
+    float32 copies of the largest weights that are encoded together, and solves in float64 on their Gram matrices."""
     blocks: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
         block = block_of(name, layout.blocks)
         if block:
             blocks[block] = blocks.get(block, 0) + entry.stop - entry.start
-    planned = [site for site in layout.sites if site.name in plan.by_site()]
-    weight = max((site.in_features * site.out_features for site in planned), default=0)
-    width = max((site.in_features for site in planned), default=0) if statistics else 0
+    decided, steps = plan.by_site(), RecipeSteps()
+    together: dict[Any, list[Site]] = {}
+    for site in layout.sites:
+        if site.name in decided:
+            key = steps.alike(decided[site.name], (site.out_features, site.in_features))
+            together.setdefault(site.name if key is None else key, []).append(site)
+    work, taken = 0, max(blocks.values(), default=0)
+    for sites in together.values():
+        wide, high = sites[0].in_features, sites[0].out_features
+        work = max(
+            work, min(len(sites), most_together(sites[0])) * (48 * wide * high + 24 * wide**2 * bool(statistics))
+        )
+        taken = max(taken, min(WINDOW, sum(blocks.values()))) if len(sites) > 1 else taken
     held = checkpoint.total_bytes if checkpoint.memory is not None else 0
-    return _memory(held, statistics, max(blocks.values(), default=0) + 48 * weight + 24 * width**2, "none")
+    return _memory(held, statistics, taken + work, "none")
 
 
 def of_quantizing(

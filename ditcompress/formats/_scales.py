@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._bits import pack_bits, packed_width, unpack_bits
 
+Columns = slice | Tensor  # some columns of all rows, or (N, n) of each row's own
 ScaleType = Literal["float32", "float16", "bfloat16", "uint8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Below it a stored scale keeps too few digits (float16: 4 bits are left), or its reciprocal overflows.
@@ -47,8 +48,10 @@ def grid_shape(layout: str, group: int, shape: tuple[int, int]) -> tuple[int, in
     }[layout]
 
 
-def expand(values: Tensor, layout: str, group: int, shape: tuple[int, int], columns: slice) -> Tensor:
-    """Grid values broadcastable against the weight columns `columns`."""
+def expand(values: Tensor, layout: str, group: int, shape: tuple[int, int], columns: Columns) -> Tensor:
+    """Grid values broadcastable against the weight columns `columns`: a slice, or (N, n) of each row's own."""
+    if isinstance(columns, Tensor):
+        return _expand_own(values, layout, group, columns)
     if layout == "group" and columns.start // group == (columns.stop - 1) // group:
         return values[:, columns.start // group, None]
     if layout == "group" and columns == slice(0, values.shape[1] * group):
@@ -58,6 +61,14 @@ def expand(values: Tensor, layout: str, group: int, shape: tuple[int, int], colu
         return values[:, index]
     if layout == "column_group":
         return values[torch.arange(shape[0], device=values.device) % values.shape[0]][:, columns]
+    return values
+
+
+def _expand_own(values: Tensor, layout: str, group: int, columns: Tensor) -> Tensor:
+    if layout == "group":
+        return values.gather(1, columns // group)
+    if layout == "column_group":
+        return values[torch.arange(len(columns), device=values.device) % len(values)].gather(1, columns)
     return values
 
 
@@ -80,7 +91,7 @@ def costs(weight: Tensor, importance: Tensor | None, layout: str, group: int) ->
     return grouped(importance.expand_as(weight), layout, group)
 
 
-def whole(columns: int, part: slice | None) -> slice:
+def whole(columns: int, part: Columns | None) -> Columns:
     """The range of columns meant by `part`; None is all of them."""
     return slice(0, columns) if part is None else part
 

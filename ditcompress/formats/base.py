@@ -17,18 +17,22 @@ A format may also export
     width(params) -> int                   columns that are coded together (vectors); 1 where it is missing
     Nearest(grid, params, metrics) -> (column, target) -> (index, values)   with width: the nearest vectors in metrics
     draft(params) -> params                those under which errors are estimated in a fraction of the time
+    stackable(params, rows) -> bool        whether weights with `rows` rows can be stacked; yes where it is missing
+    stack(grids, shape) -> grid            one grid for weights of `shape`, one under the other; `stack_rows` by default
 
 weight: (out, in) float32. A grid is a mapping of tensors that broadcast against (out, in) when expanded by the
-format; `grid.columns(start, stop)` narrows it to a range of columns.
+format. `code` and `value` take `columns` of a matrix of a given `shape`: a slice, or for rows that stand at columns of
+their own a tensor (out, n) of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -86,3 +90,19 @@ def dequantize(spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int
     module, params = resolve(spec)
     codes, grid = module.unpack(tensors, params, shape)
     return module.value(codes, grid, params)
+
+
+def stackable(spec: WeightSpec, rows: int) -> bool:
+    """Whether weights with `rows` rows can be coded as one matrix, one under the other."""
+    module, params = resolve(spec)
+    return not hasattr(module, "stackable") or bool(module.stackable(params, rows))
+
+
+def stack_rows(grids: Sequence[Any], shape: tuple[int, int]) -> Any:
+    """One grid for weights of `shape`, one under the other; what a weight's rows share is repeated for each."""
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.expand(shape[0], -1) if len(part) == 1 else part for part in parts])
+
+    found = {field.name: [getattr(grid, field.name) for grid in grids] for field in fields(grids[0])}
+    return replace(grids[0], **{name: joined(parts) for name, parts in found.items() if parts[0] is not None})

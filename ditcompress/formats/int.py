@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _scales
 from ._bits import pack_bits, packed_width, unpack_bits
+from ._scales import Columns
 from .base import StrictParams
 
 
@@ -63,7 +64,7 @@ def _grid_shape(params: Params, shape: tuple[int, int]) -> tuple[int, int]:
     return _scales.grid_shape(params.layout, params.group, shape)
 
 
-def _expand(values: Tensor, params: Params, shape: tuple[int, int], columns: slice) -> Tensor:
+def _expand(values: Tensor, params: Params, shape: tuple[int, int], columns: Columns) -> Tensor:
     return _scales.expand(values, params.layout, params.group, shape, columns)
 
 
@@ -131,7 +132,7 @@ def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Te
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Nearest codes, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
@@ -143,7 +144,7 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])
@@ -197,6 +198,11 @@ def unpack(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int]
             zero = unpack_bits(zero, params.bits, _grid_shape(params, shape)[1])
         zero = zero.to(torch.int32)
     return codes, Grid(scales.scale, zero, scales.row_scale)
+
+
+def stackable(params: Params, rows: int) -> bool:
+    """Whether grids of several weights can be stacked: not with scales that rows share by their number."""
+    return params.layout != "column_group"
 
 
 def is_int8(params: Params) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _scales
 from ._bits import pack_bits, packed_width, unpack_bits
-from ._scales import Grid
+from ._scales import Columns, Grid
 from .base import StrictParams
 
 # fmt: off
@@ -53,12 +53,12 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
     )
 
 
-def _scale(grid: Grid, params: Params, shape: tuple[int, int], columns: slice | None) -> Tensor:
+def _scale(grid: Grid, params: Params, shape: tuple[int, int], columns: Columns | None) -> Tensor:
     return _scales.expand(grid.scale, "group", params.block, shape, _scales.whole(shape[1], columns))
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Indices into the table, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
@@ -66,7 +66,7 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])

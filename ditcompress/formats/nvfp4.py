@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _floats, _scales
 from ._bits import pack_bits, packed_width, unpack_bits
+from ._scales import Columns
 from .base import StrictParams
 
 BLOCK = 16
@@ -69,12 +70,12 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
     return Grid(_scales.least_error(groups, cost, candidates, decode)[0], tensor)
 
 
-def _scale(grid: Grid, shape: tuple[int, int], columns: slice | None) -> Tensor:
+def _scale(grid: Grid, shape: tuple[int, int], columns: Columns | None) -> Tensor:
     return _scales.expand(grid.block, "group", BLOCK, shape, _scales.whole(shape[1], columns)) * grid.tensor
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Bit patterns, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
@@ -82,7 +83,7 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _scales
 from ._bits import pack_bits, packed_width, unpack_bits
-from ._scales import Grid
+from ._scales import Columns, Grid
 from .base import StrictParams
 
 _ROUNDS = 20  # of least squares; it settles in about ten
@@ -78,13 +78,13 @@ def fit(weight: Tensor, params: Params, importance: Tensor | None = None) -> Gri
     return Grid(_scales.least_error(groups, cost, ((scale,) for scale in stored), decode)[0], row)
 
 
-def _scale(grid: Grid, params: Params, shape: tuple[int, int], columns: slice | None) -> Tensor:
+def _scale(grid: Grid, params: Params, shape: tuple[int, int], columns: Columns | None) -> Tensor:
     where = _scales.whole(shape[1], columns)
     return _scales.expand(grid.scale, params.layout, params.group, shape, where)
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Codes -1, 0, 1, int32. With `columns`, `weight` holds only those columns of a matrix of `shape`."""
     shape = shape or (weight.shape[0], weight.shape[1])
@@ -92,7 +92,7 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of some `columns` of a matrix of `shape`."""
     shape = shape or (codes.shape[0], codes.shape[1])

@@ -9,7 +9,7 @@ Shapes: N rows (out), K columns (in), V vectors in a row, B codebooks, C entries
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _kmeans, _scales
 from ._bits import pack_bits, packed_width, unpack_bits
+from ._scales import Columns
 from .base import StrictParams
 
 CONJUGATE = 30  # steps of conjugate gradients when codebooks are fitted
@@ -136,38 +137,50 @@ def refit(weight: Tensor, codes: Tensor, grid: Grid, params: Params, hessian: Te
     return Grid(fitted.to(torch.float16).float(), grid.row_scale, grid.rows)
 
 
+def stackable(params: Params, rows: int) -> bool:
+    """Whether grids of several weights can be stacked: where no codebook would serve rows of two of them."""
+    return params.rows is None or rows % params.rows == 0
+
+
+def stack(grids: Sequence[Grid], shape: tuple[int, int]) -> Grid:
+    """One grid for weights of `shape`, one under the other."""
+    scales = [grid.row_scale for grid in grids if grid.row_scale is not None]
+    return Grid(torch.cat([grid.codebook for grid in grids]), torch.cat(scales) if scales else None, grids[0].rows)
+
+
+def _parts(rows: Tensor, size: int) -> Tensor:
+    """(N, n) to (B, size, n), one part for each codebook; a last short one ends in zeros."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % size)).reshape(-1, size, rows.shape[1])
+
+
 class Nearest:
-    """The nearest entry to one vector of every row under that vector's own metric M (d, d), positive definite: least
-    (q - t) M (q - t)^T. What does not depend on t is made once; all float64."""
+    """The nearest entry to one vector of every row under that vector's own metric, M (d, d) or (L, d, d) for L weights
+    whose grids are stacked, positive definite: least (q - t) M (q - t)^T. What does not depend on t is made once; all
+    float64."""
 
     def __init__(self, grid: Grid, params: Params, metrics: Mapping[int, Tensor]) -> None:
-        self.rows, books = grid.rows, grid.codebook.double()
+        self.rows, self.books = grid.rows, grid.codebook.double()
         self.scale = None if grid.row_scale is None else grid.row_scale.double()
-        self.books = list(books)
-        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.first = torch.arange(len(self.books), device=self.books.device)[:, None]
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         for column, metric in metrics.items():  # |q - t|^2 = q M q - 2 t M q + what is the same for all entries
-            entries = books[..., : len(metric)]
-            images = entries @ metric
-            norms = (images * entries).sum(-1)
-            self.parts[column] = list(zip(norms.unbind(), images.mT.unbind(), strict=True))
+            metric = metric.reshape(-1, *metric.shape[-2:])
+            entries = self.books[..., : metric.shape[-1]]
+            images = entries @ metric.repeat_interleave(len(entries) // len(metric), 0)
+            self.parts[column] = (images * entries).sum(-1).unsqueeze(1), images.mT
 
     def __call__(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (N,) int64 and values (N, w) of the vector that starts at `column`; target (N, w)."""
-        if self.scale is not None:
-            target = target / self.scale
-        found, values = [], []
-        parts = target.split(self.rows)
-        for part, book, (norm, image) in zip(parts, self.books, self.parts[column], strict=True):
-            index = torch.addmm(norm, part, image, alpha=-2).argmin(1)
-            found.append(index)
-            values.append(book[index, : part.shape[1]])
-        value = values[0] if len(values) == 1 else torch.cat(values)
-        index = found[0] if len(found) == 1 else torch.cat(found)
-        return index, value if self.scale is None else value * self.scale
+        count, width = target.shape
+        target = target if self.scale is None else target / self.scale
+        norms, images = self.parts[column]
+        index = torch.baddbmm(norms, _parts(target, self.rows), images, alpha=-2).min(-1).indices
+        value = self.books[self.first, index, :width].reshape(-1, width)[:count]
+        return index.flatten()[:count], value if self.scale is None else value * self.scale
 
 
 def code(
-    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    weight: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Nearest entries, int32, repeated on the columns of each vector: the shape of `weight`.
 
@@ -175,11 +188,16 @@ def code(
     """
     shape = shape or (weight.shape[0], weight.shape[1])
     where = _scales.whole(shape[1], columns)
-    if where.start % params.dim or (where.stop % params.dim and where.stop != shape[1]):
+    if isinstance(where, slice) and (where.start % params.dim or (where.stop % params.dim and where.stop != shape[1])):
         raise ValueError(f"columns {where.start}:{where.stop} are not whole vectors of {params.dim}")
     # float64: distances are differences of products, and coding a decoded vector must find the same entry
     weight = weight.double() if grid.row_scale is None else weight.double() / grid.row_scale
     vectors, real = _vectors(weight, params.dim), _vectors(torch.ones_like(weight), params.dim)
+    if vectors.shape[1] == 1:  # one vector a row: all codebooks at once
+        entries = grid.codebook[..., : weight.shape[1]].double()
+        norms = entries.square().sum(-1).unsqueeze(1)
+        found = torch.baddbmm(norms, _parts(weight, grid.rows), entries.mT, alpha=-2).min(-1).indices
+        return found.reshape(-1, 1)[: len(weight)].expand(-1, weight.shape[1]).to(torch.int32)
     indices = [
         _kmeans.nearest(v.flatten(0, 1), r.flatten(0, 1), book.double())[0].reshape(v.shape[:2])
         for v, r, book in zip(vectors.split(grid.rows), real.split(grid.rows), grid.codebook, strict=True)
@@ -188,12 +206,14 @@ def code(
 
 
 def value(
-    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: slice | None = None
+    codes: Tensor, grid: Grid, params: Params, shape: tuple[int, int] | None = None, columns: Columns | None = None
 ) -> Tensor:
     """Float32 values of codes (N, K), or of any `columns` of a matrix of `shape`."""
     where = _scales.whole(codes.shape[1], columns)
     block = torch.arange(len(codes), device=codes.device) // grid.rows
-    place = torch.arange(where.start, where.stop, device=codes.device) % params.dim
+    if isinstance(where, slice):
+        where = torch.arange(where.start, where.stop, device=codes.device)
+    place = where % params.dim
     values = grid.codebook[block[:, None], codes.long(), place]
     return values if grid.row_scale is None else values * grid.row_scale
 

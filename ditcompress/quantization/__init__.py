@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engine import Linear
 from ..errors import DitcompressError
+from ..formats.base import stackable
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ._runner import Runner
@@ -50,6 +52,24 @@ class RecipeSteps:
             scale, zero = module.static(layer, params)
         return scale.to(CPU), None if zero is None else zero.to(CPU)
 
+    def alike(self, decision: LayerDecision, shape: tuple[int, int]) -> Hashable | None:
+        """What weights have in common that one call of the encoder's `encode_many` may take; None for one that is
+        encoded alone."""
+        step = _encoder(decision)
+        together = hasattr(registry.get(step.name), "encode_many") and decision.site not in self.tuned
+        if not together or not stackable(decision.weight, shape[0]):
+            return None
+        return shape, decision.rank, repr((decision.weight, step))
+
+    def encode_many(self, linears: Sequence[Linear]) -> Sequence[Encoded]:
+        """The stored forms of one linear, or of some that are `alike`."""
+        if len(linears) == 1:
+            one = linears[0]
+            return [self.encode(one.decision, one.weight, one.statistics, one.smooth, one.seed, one.sign)]
+        module, params = step_module(_encoder(linears[0].decision))
+        layers = [self._layer(o.decision, o.weight, o.statistics, o.smooth, o.seed, o.sign) for o in linears]
+        return [encoded.to(CPU) for encoded in module.encode_many(layers, params)]
+
     def encode(
         self,
         decision: LayerDecision,
@@ -59,12 +79,19 @@ class RecipeSteps:
         seed: int,
         sign: Tensor | None = None,
     ) -> Encoded:
+        """The stored form of one weight: what training has found, else by the step that encodes."""
         if decision.site in self.tuned:
             return self.tuned[decision.site]
-        generator = torch.Generator().manual_seed(seed)
-        layer = Layer(decision, weight, statistics, smooth, sign, generator).to(self.device)
+        layer = self._layer(decision, weight, statistics, smooth, seed, sign)
         module, params = step_module(_encoder(decision))
         return module.encode(layer, params).to(CPU)
+
+    def _layer(
+        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int,
+        sign: Tensor | None,
+    ) -> Layer:  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        return Layer(decision, weight, statistics, smooth, sign, generator).to(self.device)
 
 
 def measures(plan: Plan) -> bool:

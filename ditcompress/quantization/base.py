@@ -7,6 +7,8 @@ one or more phases:
     prepare(group, params) -> s            the smoothing vector (in,) of all linears that share an input, or None
     static(layer, params)  -> (scale, zero or None)   of a statically quantized input, from its statistics
     encode(layer, params)  -> Encoded      the stored form of one weight
+    encode_many(layers, params) -> Encoded of each     optional: of weights of equal shape, format, rank and parameters
+                                           together, each as `encode` would give it alone up to rounding of sums
 
 Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and W * s.
 """

@@ -9,6 +9,7 @@ without them is rounded again (ours).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..formats.base import StrictParams, resolve
 from ._low_rank import low_rank
-from ._rounding import alternate, damped, descend, gptq, objective
+from ._rounding import alternate, damped, descend, gptq, objective, stacked, take
 from .base import Encoded, Layer, pack
 
 NEEDS = ("gram",)
@@ -38,40 +39,65 @@ class Params(StrictParams):
 
 
 def encode(layer: Layer, params: Params) -> Encoded:
-    weight, gram = layer.effective_weight().float(), layer.gram()
-    hessian = damped(gram, params.damp, layer.name)
-    if weight.numel() > params.large:  # damping bounds the condition number; the factorisations take half the time
+    return encode_many([layer], params)[0]
+
+
+def encode_many(layers: Sequence[Layer], params: Params) -> list[Encoded]:
+    weight = torch.cat([layer.effective_weight().float() for layer in layers])
+    hessian = torch.stack([damped(layer.gram(), params.damp, layer.name) for layer in layers])
+    if weight.numel() > params.large * len(layers):  # damping bounds the condition number; half the time
         hessian = hessian.float()
-    codes, grid = rounded(weight, hessian, layer, params)
-    if not layer.decision.rank:
-        return Encoded(pack(layer, codes, grid))
-    fmt, format_params = resolve(layer.decision.weight)
-    best, least = None, float("inf")
+    codes, grids = rounded(weight, hessian, layers, params)
+    if layers[0].decision.rank:
+        return _with_rank(weight, hessian, layers, params, codes, grids)
+    parts = codes.chunk(len(layers))
+    return [Encoded(pack(layer, part, grid)) for layer, part, grid in zip(layers, parts, grids, strict=True)]
+
+
+def _with_rank(
+    weight: Tensor, hessian: Tensor, layers: Sequence[Layer], params: Params, codes: Tensor, grids: list[Any]
+) -> list[Encoded]:
+    """Low-rank parts of what rounding leaves; a weight is rounded again without its part as long as that lowers its
+    objective."""
+    fmt, format_params = resolve(layers[0].decision.weight)
+    weights = weight.chunk(len(layers))
+    best: dict[int, Encoded] = {}
+    least, going = [float("inf")] * len(layers), list(range(len(layers)))
     for _ in range(1 + params.rank_rounds):
-        left = weight - fmt.value(codes, grid, format_params)
-        factors = low_rank(left, layer.decision.rank, layer.generator, hessian)
-        product = factors[0].float() @ factors[1].float()
-        found = objective(left, product, hessian).sum().item()
-        if found >= least:
+        parts, better = codes.chunk(len(going)), {}
+        for i, part, grid in zip(going, parts, grids, strict=True):
+            left = weights[i] - fmt.value(part, grid, format_params)
+            factors = low_rank(left, layers[i].decision.rank, layers[i].generator, hessian[i])
+            product = factors[0].float() @ factors[1].float()
+            found = objective(left, product, hessian[i]).sum().item()
+            if not found >= least[i]:
+                best[i], least[i] = Encoded(pack(layers[i], part, grid), factors), found
+                better[i] = weights[i] - product
+        going = list(better)
+        if not going:
             break
-        best, least = Encoded(pack(layer, codes, grid), factors), found
-        codes, grid = rounded(weight - product, hessian, layer, params)
-    assert best is not None
-    return best
+        codes, grids = rounded(
+            torch.cat(list(better.values())), take(hessian, going), [layers[i] for i in going], params
+        )
+    return [best[i] for i in range(len(layers))]
 
 
-def rounded(weight: Tensor, hessian: Tensor, layer: Layer, params: Params) -> tuple[Tensor, Any]:
-    """Codes and grid of `weight` (out, in) in the layer's format."""
-    fmt, format_params = resolve(layer.decision.weight)
-    grid = fmt.fit(weight, format_params, hessian.diagonal().float())
-    codes = gptq(weight, hessian, grid, fmt, format_params, layer.name)
-    large = weight.numel() > params.large
+def rounded(weight: Tensor, hessian: Tensor, layers: Sequence[Layer], params: Params) -> tuple[Tensor, list[Any]]:
+    """Codes of the weights (B * out, in) in the layers' format, and the grid of each; `hessian` (B, in, in)."""
+    fmt, format_params = resolve(layers[0].decision.weight)
+    shape = (len(weight) // len(layers), weight.shape[1])
+    parts = weight.chunk(len(layers))
+    grids = [fmt.fit(w, format_params, h.diagonal().float()) for w, h in zip(parts, hessian, strict=True)]
+    grid = stacked(grids, fmt, shape)
+    codes = gptq(weight, hessian, grid, fmt, format_params, [layer.name for layer in layers])
+    large = shape[0] * shape[1] > params.large
     if params.sweeps:
         codes = descend(weight, codes, hessian, grid, fmt, format_params, 1 if large else params.sweeps)
     if params.refit and not large:
-        codes, grid = alternate(weight, codes, hessian, grid, fmt, format_params, params.refit, params.sweeps)
+        codes, grids = alternate(weight, codes, hessian, grids, fmt, format_params, params.refit, params.sweeps)
+        grid = stacked(grids, fmt, shape)
     nearest = fmt.code(weight, grid, format_params)
     worse = objective(weight, fmt.value(codes, grid, format_params), hessian) > objective(
         weight, fmt.value(nearest, grid, format_params), hessian
     )
-    return torch.where(worse[:, None], nearest, codes), grid
+    return torch.where(worse[:, None], nearest, codes), grids

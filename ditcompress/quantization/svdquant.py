@@ -105,7 +105,7 @@ def encode(layer: Layer, params: Params) -> Encoded:
     grid = fmt.fit(residual, format_params)
     if params.residual == "gptq":
         hessian = damped(layer.gram(), params.damp, layer.name)
-        codes = gptq(residual, hessian, grid, fmt, format_params, layer.name)
+        codes = gptq(residual, hessian, grid, fmt, format_params, (layer.name,))
     else:
         codes = fmt.code(residual, grid, format_params)
     return Encoded(pack(layer, codes, grid), factors)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditcompress.formats.base import PackedWeight, dequantize, is_int8, registry, stored_layout
+from ditcompress.formats.base import PackedWeight, dequantize, is_int8, registry, stackable, stored_layout
 from ditcompress.plan import WeightSpec
 from ditcompress.quantization import _rounding
 
@@ -179,6 +179,31 @@ def test_second_order_rounding_is_never_worse_than_plain_rounding(name: str, giv
     assert loss(better) <= loss(plain)
     assert loss(_rounding.descend(w, better, hessian, grid, fmt, params, 3)) <= loss(better) * (1 + 1e-5)
     assert loss(_rounding.descend(w, plain, hessian, grid, fmt, params, 3)) <= loss(plain) * (1 + 1e-5)
+
+
+@every_format
+def test_weights_one_under_the_other_are_coded_as_each_alone(name: str, given: dict[str, Any]) -> None:
+    """With a stacked grid, for whole weights and where each stands at columns of its own."""
+    shape = (48, 50)
+    ws = [weight(shape), 3 * weight(shape).flip(0, 1)]
+    fmt, params = registry.get(name), registry.get(name).Params(**given)
+    assert stackable(WeightSpec(name, given), shape[0])
+    grids = [fmt.fit(w, params) for w in ws]
+    alone = [fmt.code(w, grid, params) for w, grid in zip(ws, grids, strict=True)]
+    values = torch.cat([fmt.value(c, grid, params) for c, grid in zip(alone, grids, strict=True)])
+    w, codes, grid = torch.cat(ws), torch.cat(alone), _rounding.stacked(grids, fmt, shape)
+    assert torch.equal(fmt.code(w, grid, params), codes)
+    assert torch.equal(fmt.value(codes, grid, params), values)
+    step = columns_together(fmt, params)
+    places = torch.stack([torch.arange(step), torch.arange(step) + 5 * step]).repeat_interleave(shape[0], 0)
+    found = fmt.code(w.gather(1, places), grid, params, tuple(w.shape), places)
+    assert torch.equal(found.long(), codes.gather(1, places).long())
+    assert torch.equal(fmt.value(found, grid, params, tuple(w.shape), places), values.gather(1, places))
+
+
+def test_what_ties_rows_of_two_weights_together_is_not_stacked() -> None:
+    assert not stackable(WeightSpec("int", {"layout": "column_group"}), 48)
+    assert not stackable(WeightSpec("vq", {"rows": 32}), 48)
 
 
 INT8 = {"int": (True, True, False, False, True, True), "ternary": (True, True, False, True)}

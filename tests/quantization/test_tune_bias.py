@@ -84,7 +84,7 @@ def test_without_memory_it_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
         def note(self, text: str) -> None:
             self.said.append(text)
 
-    monkeypatch.setattr(_training, "_free_memory", lambda device: 10)
+    monkeypatch.setattr(_training, "free_memory", lambda device: 10)
     notes = Notes()
     api.quantize(families.get("dit").tiny(), small(), reporter=notes)
     assert any(text.startswith("not trained") for text in notes.said)
