@@ -182,7 +182,8 @@ def converted(
 
 def _weighed(job: Job, layout: Layout, by: Driven, axes: Mapping[str, str]) -> dict[str, Weighed]:
     """Tokens of every feed-forward and what errors cost there."""
-    influence = Noising(by.scheduler, by.adapter, by.config).clean_weights
+    remedy = "give --scheduler FOLDER with one that has them, or --method moe-best"
+    influence = Noising(by.scheduler, by.adapter, by.config, remedy).clean_weights
     images = min(128, -(-job.params.states // DRAWS))
     return weighed_tokens(
         by.model, layout, axes, states(job, by, 32_452_843, images=images), influence,
@@ -223,7 +224,9 @@ def _distilled(
             folder = encoded(folder, source, by.adapter, device, job.reporter)
         data = Latents(folder, by.adapter, by.config, by.scheduler, seed=job.seed, null=wanted.null, device=device)
     weights = weights_of(wanted, job.method)
-    clean = Noising(by.scheduler, by.adapter, by.config).clean_weights if wanted.clean else None
+    clean = None
+    if wanted.clean:
+        clean = Noising(by.scheduler, by.adapter, by.config, "leave out training.clean").clean_weights
     trained: set[str] = set()
     losses: dict[str, tuple[float, ...]] = {}
     for stage in stages_of(job.stages, wanted.steps):
