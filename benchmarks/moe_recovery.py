@@ -2,14 +2,17 @@
 
     python benchmarks/moe_recovery.py [--seeds 0 1 2] [--steps 300] [--experts 8 --shared 0 --active 1]
     python benchmarks/moe_recovery.py --ways moe-best width --experts 16 --shared 2 --active 6
+    python benchmarks/moe_recovery.py --model CKPT --scenes FOLDER --seeds 0 --steps 40 --batch 16 --images 64
 
 "moe-local" and the other methods of feed-forwards: half of the neurons active, trained as `moe --distill-steps` trains
 with RECIPE. "width": `prune --width-units neurons --width-method obs-diff` down to the
-active parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps
-and batch). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class accuracy,
-and Fréchet distance to the original's own images, all from the same noise. "least" is the load of the least used expert
-of all layers in % of an even one. Rows go to `--rows` as they come, and what is there already is not run again; the
-table has FD in thousandths, means over seeds and half widths of 95 % intervals (Student's t).
+active parameters of the experts with their routers, trained as `distill` trains (all of it, `--loss`, the same steps,
+batch and states). Judged as benchmarks/recovery.py judges: SQNR of the prediction in dB on held-out states, class
+accuracy (of scenes: the colour), and Fréchet distance to the original's own images, all from the same noise. "least" is
+the load of the least used expert of all layers in % of an even one, on the held-out states.
+
+Rows go to `--rows` as they come, and what is there already is not run again; the table has FD in thousandths, means
+over seeds and half widths of 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -23,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery import Bench, interval
+from _judge import bench_of, bench_options, interval
 from torch import nn
 
 from ditcompress import api
+from ditcompress.api._conversion import weights_of
+from ditcompress.api._experts import settings_from
 from ditcompress.console import print_table
-from ditcompress.distill.losses import output_loss, parse_loss
+from ditcompress.distill.losses import parse_loss
 from ditcompress.distill.matching import pairs_of
 from ditcompress.distill.settings import Settings
 from ditcompress.distill.student import Student
 from ditcompress.distill.trainer import train
-from ditcompress.evaluation.digits import digits_folder
-from ditcompress.measures import ratio_db
+from ditcompress.mixture import Experts, measured, method_of
 
 WIDTH = "width"
 # Of the experts' training, before what --set says: all of the model learns, as all of the narrower one does.
@@ -44,65 +48,71 @@ RECIPE = ("training.everything=true", "training.ema=0.99", "training.clean=1", "
 
 
 class Duel:
-    """The original with its judge, and what a run is asked for; `made` holds the models before training by seed."""
+    """The original with its judge, and what a run is asked for."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rows: list[dict[str, Any]] = []
-        self.bench = Bench(options.model, options.images, None, options.loss)
+        self.bench = bench_of(options)
         self.numbers = {name: getattr(options, name) for name in ("experts", "shared", "active")}
-        self.known = dict(self.numbers, steps=options.steps, batch=options.batch, images=options.images,
-                          rate=options.rate, loss=options.loss,
-                          set=[*RECIPE, *options.set])  # fmt: skip
+        names = ("steps", "batch", "images", "rate", "loss", "sampling", "held", "trained")
+        self.known = {**self.numbers, **{name: getattr(options, name) for name in names},
+                      "model": str(options.model), "width_set": options.width_set,
+                      "set": [*RECIPE, *options.set]}  # fmt: skip
 
-    def judged(self, model: nn.Module) -> dict[str, float]:
-        bench = self.bench
-        features, guessed = bench.judge(bench.drawn(model))
-        held, predict = bench.held_out, bench.by.adapter.predict
-        with torch.no_grad():
-            found, wanted = (
-                predict(m, held.latents, held.timestep, held.cond).float() for m in (model, bench.by.model)
-            )
-        return {
-            "db": ratio_db(float(output_loss(found, wanted))),
-            "accuracy": 100 * float((guessed == bench.labels).mean()),
-            "fd": bench.distance(features),
-        }
-
-    def experts(self, method: str, seed: int, steps: int) -> dict[str, Any]:
-        """The facts of `moe`, with its "model"."""
-        given = [f"training.batch={self.options.batch}", "images=0", "probe=8", *self.known["set"]]
-        return api.moe(self.bench.by.model, method=method, seed=seed, distill_steps=steps, overrides=given,
-                       **self.numbers)  # fmt: skip
+    def experts(self, method: str, seed: int) -> dict[str, Any]:
+        """The facts of `moe` without training, with its "model"."""
+        given = ["images=0", "probe=1", *self.known["set"]]
+        return api.moe(self.bench.by.model, method=method, seed=seed, overrides=given, **self.numbers)
 
     def row(self, way: str, seed: int) -> dict[str, Any]:
         started = time.perf_counter()
         row = self.narrow(seed) if way == WIDTH else self.routed(way, seed)
         return {"way": way, "seed": seed, "settings": self.known, **row, "seconds": time.perf_counter() - started}
 
+    def judged(self, when: str, model: nn.Module) -> dict[str, float]:
+        found = self.bench.judged(model)
+        print(f"  {when} training", found, time.strftime("%X"), flush=True)
+        return found
+
+    def least(self, model: nn.Module) -> float:
+        """Load of the least used expert in % of an even one."""
+        _, use, _ = measured(self.bench.by.model, model, self.bench.by.adapter, [self.bench.held_out])
+        return 100 * min(layer["idlest"] for layer in use.values())
+
     def routed(self, method: str, seed: int) -> dict[str, Any]:
-        start, facts = (self.experts(method, seed, steps) for steps in (0, self.options.steps))
-        return {
-            "before": self.judged(start["model"]), "after": self.judged(facts["model"]),
-            "least": 100 * facts["idlest"], "least_before": 100 * start["idlest"],
-            "active_parameters": facts["parameters"]["active"],
-        }  # fmt: skip
+        """The model is converted once, judged, trained in place and judged again."""
+        facts, by, options = self.experts(method, seed), self.bench.by, self.options
+        model = facts["model"]
+        before, least = self.judged("before", model), self.least(model)
+        batch = f"training.batch={options.batch}"
+        wanted = settings_from([batch, *self.known["set"]], options.steps).training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            task = Experts(by.model, model, by.adapter.layout(by.model), self.bench.states(7919 + seed),
+                           weights_of(wanted, method_of(method)), wanted.batch,
+                           clean_weights=self.bench.clean_weights)  # fmt: skip
+            train(task, wanted)
+            task.finish()
+        return {"before": before, "after": self.judged("after", model), "least_before": least,
+                "least": self.least(model), "active_parameters": facts["parameters"]["active"]}  # fmt: skip
 
     def narrow(self, seed: int) -> dict[str, Any]:
         """Width pruning; the share of the neurons that stays is the first of all shares that has enough parameters."""
         by, options = self.bench.by, self.options
-        pruned = api.prune(by.model, width_ratio=self.ratio(self.wanted(seed)), width_units="neurons", seed=seed)
+        pruned = api.prune(by.model, width_ratio=self.ratio(self.wanted(seed)), width_units="neurons",
+                           width_overrides=options.width_set, seed=seed)  # fmt: skip
         student = pruned.model
         assert student is not None
         layouts = [by.adapter.layout(m).blocks for m in (student, by.model)]
-        task = Student(student, by.model, self.bench.states(7919 + seed, 128), parse_loss(options.loss),
+        before = self.judged("before", student)
+        task = Student(student, by.model, self.bench.states(7919 + seed), parse_loss(options.loss),
                        pairs_of(*layouts, None), blocks=layouts[0], batch=options.batch, steps=options.steps, seed=seed,
                        clean_weights=self.bench.clean_weights)  # fmt: skip
-        before = self.judged(student)
         train(task, Settings(steps=options.steps, batch=options.batch, learning_rate=options.rate, ema=0.99))
         task.finish()
         task.release()
-        return {"before": before, "after": self.judged(student),
+        return {"before": before, "after": self.judged("after", student),
                 "active_parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
 
     def wanted(self, seed: int) -> int:
@@ -111,7 +121,7 @@ class Duel:
             if row["way"] != WIDTH and row["seed"] == seed:
                 return int(row["active_parameters"])
         first = next((way for way in self.options.ways if way != WIDTH), "random")
-        return int(self.experts(first, seed, 0)["parameters"]["active"])
+        return int(self.experts(first, seed)["parameters"]["active"])
 
     def ratio(self, wanted: int) -> float:
         """The share of the neurons that goes, so that `wanted` parameters stay or a neuron more."""
@@ -138,7 +148,7 @@ def show(rows: list[dict[str, Any]], accuracy: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=digits_folder())
+    bench_options(parser)
     parser.add_argument("--ways", nargs="+", default=["moe-local", WIDTH])
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--shared", type=int, default=0)
@@ -147,9 +157,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--set", action="append", default=[], help="of the experts' training, as `moe --set`")
+    parser.add_argument("--width-set", action="append", default=[], help="as `prune --width-set`")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the narrower model")
     parser.add_argument("--loss", default="clean=1,output=0.1,normalised=0.1", help="of the narrower model")
-    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rows", type=Path, default=Path("moe_recovery.jsonl"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -6,7 +6,7 @@ model changes: what reads names (loading, quantization) sees the same linears.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ Kind = Literal["mask", "heads", "groups", "blocks"]
 CHILDREN: dict[str, str] = {
     "mask": "task_mask", "heads": "head_router", "groups": "head_router", "blocks": "block_router",
 }  # fmt: skip
-STREAMS = {"dit": 1, "pixart": 1, "flux": 2, "sd3": 2}  # families whose blocks' calls are known
+STREAMS = {"dit": 1, "pixart": 1, "flux": 2, "sd3": 2, "qwen_image": 2}  # families whose blocks' calls are known
+TIMED = ("dit", "pixart", "flux", "sd3")  # those whose time projection reads 0-1000
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")  # no linear or rotary attention
 JOINT = ("JointAttnProcessor2_0", "FluxAttnProcessor", "QwenDoubleStreamAttnProcessor2_0")
 
@@ -70,10 +71,11 @@ def routed_paths(parts: Mapping[str, RoutedPart]) -> list[str]:
     return [f"{path}.{CHILDREN[part.kind]}" for path, part in parts.items()]
 
 
-def family(model: nn.Module) -> str:
+def family(model: nn.Module, known: Collection[str] = STREAMS.keys()) -> str:
     """The family whose blocks' calls are known; E205 for another one."""
     name = adapter_for(type(model).__name__).__name__.rpartition(".")[2]
-    if name not in STREAMS:
+    config: Any = model.config
+    if name not in known or config.get("zero_cond_t"):  # Qwen-Image edits: two times for a sample
         what = "has blocks whose calls are not known here"
         raise DitcompressError("E205", type(model).__name__, what, "use a method of feed-forwards, as moe-best")
     return name
@@ -187,7 +189,7 @@ def _time(model: nn.Module, block: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _masked(model: nn.Module, layout: Layout, path: str, part: RoutedPart, times: dict[int, TimeEmbedding]) -> TaskMask:
-    family(model)
+    family(model, TIMED)
     block = model.get_submodule(path)
     proj, embed = _time(model, path)
     if id(proj) not in times:

@@ -13,36 +13,72 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HELD = 256  # removed columns whose update of the inverse waits
+
 
 class Surgeon:
     """A linear (rows, K), float64, that loses units of its columns; unit u is `size` columns from start + u * size on.
-    `gram` (K, K) is C, `damp` the share of its mean diagonal that is added."""
+    `gram` (K, K) is C, `damp` the share of its mean diagonal that is added.
+
+    What removals take off C^-1 is U^T U, with a row of U for each column that went: rows are held and taken off
+    together (`_settle`), so that the large matrix is gone through a few times and not for every turn.
+    """
 
     def __init__(self, weight: Tensor, gram: Tensor, damp: float, start: int = 0) -> None:
-        self.weight = weight
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
-        self.start, self.columns = start, list(range(gram.shape[0]))
+        self.weight, self.start = weight.clone(), start
+        self.place = torch.arange(len(gram), device=weight.device)  # of every column, -1 for one that went
+        self._hold()
+
+    def _hold(self) -> None:
+        count = len(self.inverse)
+        self.diagonal = self.inverse.diagonal().clone()
+        self.held, self.count = self.inverse.new_empty(max(1, min(HELD, count // 4)), count), 0
 
     def _places(self, units: Sequence[int], size: int) -> Tensor:
-        where = {column: place for place, column in enumerate(self.columns)}
-        return torch.tensor([[where[self.start + unit * size + k] for k in range(size)] for unit in units])
+        first = self.start + torch.tensor(units, device=self.place.device) * size
+        return self.place[first[:, None] + torch.arange(size, device=self.place.device)]
 
     def errors(self, units: Sequence[int], size: int) -> Tensor:
         """tr(W_P ([C^-1]_PP)^-1 W_P^T) of each unit, (units,)."""
-        index = self._places(units, size).to(self.weight.device)
+        if size > 1:
+            self._settle()
+        index = self._places(units, size)
+        if size == 1:
+            return (self.weight.square().sum(0) / self.diagonal)[index[:, 0]].cpu()
         blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (units, size, size)
         own = self.weight.T[index]  # (units, size, rows)
         return (own * torch.linalg.solve(blocks, own)).sum((1, 2)).cpu()
 
     def remove(self, units: Sequence[int], size: int) -> None:
         """Compensate the other columns and forget these."""
-        gone = self._places(units, size).flatten().to(self.weight.device)
-        rest = torch.ones(len(self.columns), dtype=torch.bool, device=gone.device)
-        rest[gone] = False
-        pull = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])[:, rest]  # (gone, rest)
-        self.weight = self.weight[:, rest] - self.weight[:, gone] @ pull
-        self.inverse = self.inverse[rest][:, rest] - self.inverse[rest][:, gone] @ pull
-        self.columns = [column for column, stays in zip(self.columns, rest.tolist(), strict=True) if stays]
+        if self.count + len(units) * size > len(self.held):
+            self._settle()
+        gone = self._places(units, size).flatten()
+        known = self.held[: self.count]
+        rows = self.inverse[gone] - known[:, gone].T @ known
+        lower = torch.linalg.cholesky(rows[:, gone])
+        new = torch.linalg.solve_triangular(lower, rows, upper=False)  # (gone, columns)
+        pull = torch.linalg.solve_triangular(lower, self.weight[:, gone].T, upper=False)
+        self.weight.addmm_(pull.T, new, alpha=-1)
+        self.diagonal -= new.square().sum(0)
+        self.place[self.place.new_tensor([unit * size + k + self.start for unit in units for k in range(size)])] = -1
+        if len(new) > len(self.held):  # a chunk that is larger than what is held
+            self._settle(new)
+        else:
+            self.held[self.count : self.count + len(new)] = new
+            self.count += len(new)
+
+    def _settle(self, more: Tensor | None = None) -> None:
+        """Take off what is held (and `more`), and the columns that went."""
+        rest = self.place[self.place >= 0]
+        if len(rest) == len(self.inverse):
+            return
+        taken = self.held[: self.count, rest] if more is None else more[:, rest]
+        self.inverse = self.inverse[rest][:, rest].addmm_(taken.T, taken, alpha=-1)
+        self.weight = self.weight[:, rest]
+        self.place[self.place >= 0] = torch.arange(len(rest), device=rest.device)
+        self._hold()
 
 
 def turns(readers: Sequence[Surgeon], count: int, size: int, chunk: int) -> Tensor:

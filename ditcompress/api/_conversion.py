@@ -48,7 +48,7 @@ from ..routed import apply_routed, routable_attentions
 from ..runtime.blocks import BlockRouter
 from ..runtime.moe import Routed, routed_parts
 from ..structure import writers
-from ._experts import ExpertSettings, Plan, facts_of, trained_facts
+from ._experts import ExpertSettings, ExpertTraining, Plan, facts_of, trained_facts
 from ._images import encoded, is_images
 from ._training import Driven
 from .calibration import cached_statistics, pick_device, settings_of
@@ -56,6 +56,7 @@ from .calibration import cached_statistics, pick_device, settings_of
 Losses = Mapping[str, Sequence[float]]  # of every step, by the stage of the training
 CALIBRATION_BATCH = 8  # images at a time: more forward passes, so more of the reservoir's tokens differ
 PROBE_SIZE, IMPORTANCE_SIZE = 32, 8  # states of a batch
+DRAWS = 4  # at most, of one trajectory for weighed tokens, while there are fewer than 128
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,11 @@ def converted(
 
 def _weighed(job: Job, layout: Layout, by: Driven, axes: Mapping[str, str]) -> dict[str, Weighed]:
     """Tokens of every feed-forward and what errors cost there."""
-    influence = Noising(by.scheduler, by.adapter, by.config).clean_weights
+    remedy = "give --scheduler FOLDER with one that has them, or --method moe-best"
+    influence = Noising(by.scheduler, by.adapter, by.config, remedy).clean_weights
+    images = min(128, -(-job.params.states // DRAWS))
     return weighed_tokens(
-        by.model, layout, axes, states(job, by, 32_452_843, images=128), influence,
+        by.model, layout, axes, states(job, by, 32_452_843, images=images), influence,
         states=job.params.states, size=PROBE_SIZE, tokens=job.params.tokens, seed=job.seed,
     )  # fmt: skip
 
@@ -220,13 +223,10 @@ def _distilled(
                 raise DitcompressError("E205", folder, "images need the pipeline's VAE", "give cached latents")
             folder = encoded(folder, source, by.adapter, device, job.reporter)
         data = Latents(folder, by.adapter, by.config, by.scheduler, seed=job.seed, null=wanted.null, device=device)
-    over: Any = wanted.balance_over or getattr(job.method, "BALANCE_OVER", "mean")
-    weights = Weights(
-        output=wanted.output, features=wanted.features, clean=wanted.clean, balance=wanted.balance,
-        router_rate=wanted.router_rate, shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
-        everything=wanted.everything,
-    )  # fmt: skip
-    clean = Noising(by.scheduler, by.adapter, by.config).clean_weights if wanted.clean else None
+    weights = weights_of(wanted, job.method)
+    clean = None
+    if wanted.clean:
+        clean = Noising(by.scheduler, by.adapter, by.config, "leave out training.clean").clean_weights
     trained: set[str] = set()
     losses: dict[str, tuple[float, ...]] = {}
     for stage in stages_of(job.stages, wanted.steps):
@@ -241,6 +241,16 @@ def _distilled(
             task.finish()
         trained |= set(task.parameters())
     return trained, losses
+
+
+def weights_of(wanted: ExpertTraining, method: ModuleType) -> Weights:
+    """What the losses of a training weigh."""
+    over: Any = wanted.balance_over or getattr(method, "BALANCE_OVER", "mean")
+    return Weights(
+        output=wanted.output, features=wanted.features, clean=wanted.clean, balance=wanted.balance,
+        router_rate=wanted.router_rate, shared=wanted.shared, balance_over=over, prior=wanted.prior, task=wanted.task,
+        everything=wanted.everything,
+    )  # fmt: skip
 
 
 def _place(journal: Path | None, stage: str) -> Path | None:

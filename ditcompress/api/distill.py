@@ -256,7 +256,7 @@ class _Run:
     def _noising(self) -> Noising:
         config = self.pair.teacher.config
         sampler = load_scheduler(config, self.scheduler_folder, self.pair.adapter, Silent())
-        return Noising(sampler, self.pair.adapter, config)
+        return Noising(sampler, self.pair.adapter, config, "leave clean out of --loss")
 
     def _data(self, teacher: nn.Module) -> tuple[Data, Batch]:
         """The training data, and a held-out batch that is no part of it."""

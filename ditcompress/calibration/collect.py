@@ -248,6 +248,7 @@ class _Run:
             value
         ) in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
             _fill_empty(value)
+            _fill_unread(value)
         return Statistics(inputs, blocks, self.meta())
 
     def meta(self) -> dict[str, Any]:
@@ -306,6 +307,13 @@ class _Steps:
     def seed(self, index: int) -> int:
         """A seed of its own for every batch and step."""
         return (self.run.settings.seed * 1_000_003 + self.number) * 10_007 + index
+
+
+def _fill_unread(value: InputStatistics) -> None:
+    """Where the model's output depends on none of the tokens (the text in the last block of Qwen-Image), an empty Gram
+    matrix becomes that of the tokens themselves: a linear that counts for nothing is still rounded."""
+    if value.gram is not None and not bool(value.gram.any()):
+        value.gram.copy_(value.reservoir.T @ value.reservoir)
 
 
 def _fill_empty(value: InputStatistics) -> None:

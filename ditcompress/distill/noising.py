@@ -16,9 +16,12 @@ MOST = 25.0  # of the weight of an error in the clean latents: at the first step
 
 
 class Noising:
-    """x_t = a x0 + b e and the prediction's target, for the timesteps of training."""
+    """x_t = a x0 + b e and the prediction's target, for the timesteps of training. E205 with `remedy` for a scheduler
+    that has no noise levels, or for a prediction that is not known."""
 
-    def __init__(self, scheduler: Any, adapter: ModuleType, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, scheduler: Any, adapter: ModuleType, config: Mapping[str, Any], remedy: str = "leave out --data"
+    ) -> None:
         settings = scheduler.config
         count = int(settings.get("num_train_timesteps") or 1000)
         self.kind = str(settings.get("prediction_type") or "epsilon")
@@ -32,9 +35,9 @@ class Noising:
             kept = scheduler.alphas_cumprod.cpu().float()
             self.timesteps, self.keep, self.noise = torch.arange(len(kept)), kept.sqrt(), (1 - kept).sqrt()
         else:
-            raise DitcompressError("E205", type(scheduler).__name__, "adds no noise", "use --data trajectories")
+            raise DitcompressError("E205", type(scheduler).__name__, "has no noise levels", remedy)
         if self.kind not in ("flow", "epsilon", "v_prediction", "sample"):
-            raise DitcompressError("E205", f"prediction_type {self.kind}", "is not known", "use --data trajectories")
+            raise DitcompressError("E205", f"prediction_type {self.kind}", "is not known", remedy)
 
     def __call__(self, clean: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """The noised latent and the target, of one sample at timestep number `index`."""

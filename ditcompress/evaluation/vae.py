@@ -13,6 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import DitcompressError
 
 PART = 4  # images decoded at a time
+VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # have an axis of frames
 
 
 def load_vae(source: Checkpoint, device: str) -> Any:
@@ -35,23 +36,45 @@ def load_vae(source: Checkpoint, device: str) -> Any:
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images (n, channels, height, width) float32 on CPU, about [-1, 1], from latents as the sampler gives them."""
-    config, device = vae.config, next(vae.parameters()).device
-    scaled = latents.to(device) / float(config.get("scaling_factor") or 1.0) + float(config.get("shift_factor") or 0.0)
+    scale, shift = _normal(vae)
+    scaled = latents.to(scale.device) * scale + shift
     with torch.no_grad():
-        return torch.cat([vae.decode(part, return_dict=False)[0].float().cpu() for part in scaled.split(PART)])
+        return torch.cat([_still(vae.decode(_frame(vae, x), return_dict=False)[0]) for x in scaled.split(PART)])
 
 
 def encode(vae: Any, images: Tensor) -> Tensor:
     """Latents (n, ...) float32 on CPU as the sampler has them, from images (n, channels, height, width) in [-1, 1]: the
     means of the encoder, shifted and scaled."""
-    config, device = vae.config, next(vae.parameters()).device
     if images.shape[1] == 1:
-        images = images.expand(-1, int(config.get("in_channels") or 3), -1, -1)
+        images = images.expand(-1, int(vae.config.get("in_channels") or 3), -1, -1)
     found = []
+    scale, shift = (value.cpu() for value in _normal(vae))
     with torch.no_grad():
         for part in images.split(PART):
-            made = vae.encode(part.to(device))
+            made = vae.encode(_frame(vae, part.to(next(vae.parameters()).device)))
             latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
-            shifted = latents.float() - float(config.get("shift_factor") or 0.0)
-            found.append((shifted * float(config.get("scaling_factor") or 1.0)).cpu())
+            found.append((_still(latents) - shift) / scale)
     return torch.cat(found)
+
+
+def _normal(vae: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the sampler's latents to the autoencoder's, (1, channels or 1, 1, 1): one number, or the
+    deviation and mean of every channel."""
+    config, device = vae.config, next(vae.parameters()).device
+
+    def of(name: str, default: float) -> Tensor:
+        value = config.get(name)
+        return torch.tensor(value or [default], dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+
+    scale = of("latents_std", 1.0) / float(config.get("scaling_factor") or 1.0)
+    return scale, of("latents_mean", 0.0) + float(config.get("shift_factor") or 0.0)
+
+
+def _frame(vae: Any, x: Tensor) -> Tensor:
+    """Images (n, channels, height, width) as an autoencoder of videos takes them, as one frame each."""
+    return x[:, :, None] if type(vae).__name__ in VIDEO else x
+
+
+def _still(x: Tensor) -> Tensor:
+    """Float32 on CPU, of a video the first frame."""
+    return (x[:, :, 0] if x.ndim == 5 else x).float().cpu()

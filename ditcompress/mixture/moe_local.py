@@ -13,7 +13,7 @@ their neurons (`scope` global): a layer that needs more gets more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ from .base import FeedForward, Numbers, Split
 
 NEEDS = ("weighed",)
 NUMBERS = Numbers(8, 0, 1)
+PART = 4096  # tokens
 LEAST, MOST = 1 / 16, 31 / 32  # of a layer's neurons, with `scope` global
 
 
@@ -136,13 +137,15 @@ def _target(layer: FeedForward) -> Tensor:
     return torch.cat([layer.down, torch.zeros_like(layer.down[:, :1])], dim=1).double()
 
 
-def _grams(layer: FeedForward, weight: Tensor, bias: Tensor) -> list[Tensor]:
-    """Of the hidden values and a constant (H + 1, H + 1) float64, over the tokens of each cluster."""
+def _grams(layer: FeedForward, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """Of the hidden values and a constant (H + 1, H + 1) float64, over the tokens of each cluster; one at a time, as
+    those of all experts are large. Sums of PART tokens are float32: the damping is far above their rounding."""
     assert layer.weights is not None
-    chosen = linear(layer.tokens, weight, bias).argmax(1)
-    grams = []
+    chosen, size = linear(layer.tokens, weight, bias).argmax(1), layer.hidden.shape[1] + 1
     for number in range(layer.spec.experts):
-        x = layer.hidden[chosen == number].double()
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        grams.append(x.T @ (x * layer.weights[chosen == number, None].double()))
-    return grams
+        gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+        for own in (chosen == number).nonzero()[:, 0].split(PART):
+            x = torch.nn.functional.pad(layer.hidden[own], (0, 1), value=1.0)
+            x = x * layer.weights[own, None].sqrt()
+            gram += x.T @ x
+        yield gram

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..models.base import Layout
-from ..routed import RoutedPart, family
+from ..routed import TIMED, RoutedPart, family
 from ..runtime.moe import Routed
 from .base import Importance, Numbers
 
@@ -31,7 +31,7 @@ def routed(
     model: nn.Module, layout: Layout, numbers: Numbers, params: Params, importance: Importance
 ) -> dict[str, RoutedPart]:
     """A mask on every block."""
-    family(model)
+    family(model, TIMED)
     if numbers.shared:
         raise DitcompressError("E203", f"--shared {numbers.shared}", "the block itself always runs", "give --shared 0")
     experts, active = numbers.experts or 0, numbers.active or 0

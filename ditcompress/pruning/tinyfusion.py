@@ -193,7 +193,9 @@ def scores(context: Context, params: Params) -> Scores:
             adapters = Adapters(context.model, context.layout.blocks, params.rank, context.seed, ALPHA / params.rank)
             stack.callback(adapters.remove)
             adapters.enabled = False
-        weights = Noising(data.scheduler, data.adapter, data.config).clean_weights if params.loss == "clean" else None
+        weights = None
+        if params.loss == "clean":
+            weights = Noising(data.scheduler, data.adapter, data.config, "use loss=output").clean_weights
         task = Search(context, params, groups, data, gates, adapters, weights)
         options = settings(params, schedule="constant", warmup=0.0, ema=params.ema, clip=1.0)
         if any(len(patterns) > 1 for patterns in task.patterns):

@@ -123,6 +123,7 @@ def test_every_known_class_has_a_family() -> None:
         "pixart",
         "sd3",
         "flux",
+        "qwen_image",
         "generic",
     }
 

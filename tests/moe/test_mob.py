@@ -26,7 +26,7 @@ from tests.moe.test_command import FEW, predicted
 from tests.pruning.models import bypassed, deep, inputs, run
 
 FIRST = "transformer_blocks.0"
-KINDS = ("dit", "pixart", "flux", "sd3")
+KINDS = ("dit", "pixart", "flux", "sd3", "qwen_image")
 
 
 def grouped(family: str, active: int, first: str = FIRST) -> tuple[nn.Module, nn.Module, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from torch import nn
 from torch.nn.functional import gelu, linear
 
@@ -185,6 +186,16 @@ def test_other_numbers_are_refused(numbers: dict[str, int], tiny_dit: Path) -> N
     with pytest.raises(DitcompressError) as caught:
         api.moe(tiny_dit, method="moe-local", dry_run=True, **numbers)  # type: ignore[arg-type]
     assert caught.value.code == "E203" and f"--{next(iter(numbers))}" in caught.value.line()
+
+
+def test_a_scheduler_without_noise_levels_is_refused_with_what_helps(tiny_dit: Path, tmp_path: Path) -> None:
+    EDMEulerScheduler().save_pretrained(tmp_path / "edm")
+    asked = {"moe-local": ((), "--scheduler"), "random": (("training.clean=1",), "training.clean")}
+    for method, (more, helps) in asked.items():
+        with pytest.raises(DitcompressError) as caught:
+            api.moe(load_model(tiny_dit)[0], method=method, scheduler=tmp_path / "edm", overrides=(*LOCAL[:-2], *more),
+                    distill_steps=int(bool(more)))  # fmt: skip
+        assert caught.value.code == "E205" and helps in caught.value.remedy and "--data" not in caught.value.line()
 
 
 def test_an_entry_with_more_neurons_than_there_are_is_refused() -> None:

@@ -20,6 +20,7 @@ DEPTHS: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 3, "num_single_layers": 4},
     "generic": {"num_layers": 4},
     "pixart": {"num_layers": 4},
+    "qwen_image": {"num_layers": 4},
     "sd3": {"num_layers": 5, "dual_attention_layers": (0, 1, 3)},
 }
 REMOVED = {
@@ -27,6 +28,7 @@ REMOVED = {
     "flux": ["transformer_blocks.0", "single_transformer_blocks.1", "single_transformer_blocks.2"],
     "generic": ["transformer_blocks.0", "transformer_blocks.2"],
     "pixart": ["transformer_blocks.0", "transformer_blocks.3"],
+    "qwen_image": ["transformer_blocks.0", "transformer_blocks.2"],
     "sd3": ["transformer_blocks.1", "transformer_blocks.2"],
 }
 
@@ -35,7 +37,7 @@ def deep(name: str, seed: int = 0) -> nn.Module:
     """The family's tiny model with more blocks."""
     tiny = registry.get(name).tiny(seed)
     config = {key: value for key, value in tiny.config.items() if key[0] != "_"}
-    extra = {key: config.pop(key) for key in ("sample_size",) if name == "flux"}
+    extra = {key: config.pop(key) for key in ("sample_size",) if name in ("flux", "qwen_image")}
     model = built(type(tiny), {**config, **DEPTHS[name]}, seed)
     model.register_to_config(_class_name=type(tiny).__name__, **extra)  # type: ignore[operator]
     return model
@@ -58,7 +60,7 @@ def bypassed(name: str, model: nn.Module, blocks: list[str]) -> nn.Module:
     model = copy.deepcopy(model)
 
     def identity(hidden_states: Tensor, *_: Any, encoder_hidden_states: Any = None, **__: Any) -> Any:
-        return (encoder_hidden_states, hidden_states) if name in ("flux", "sd3") else hidden_states
+        return (encoder_hidden_states, hidden_states) if name in ("flux", "qwen_image", "sd3") else hidden_states
 
     for block in blocks:
         model.get_submodule(block).forward = identity  # type: ignore[method-assign, assignment]
