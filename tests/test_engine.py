@@ -30,8 +30,14 @@ def forward(family: Any, model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
         return family.predict(model, latents, torch.tensor([500.0, 20.0]), cond)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("recipe_name", sorted(recipe.recipe_files()))
+# faithful recipes differ in their steps alone, which the joint blocks of SD3 and FLUX meet as Qwen-Image's do
+PAIRS = [
+    (name, chosen) for chosen, file in sorted(recipe.recipe_files().items()) for name in NAMES
+    if name != "qwen_image" or "faithful" not in str(file)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recipe_name"), PAIRS)
 def test_every_recipe_works_on_every_family(name: str, recipe_name: str, tmp_path: Path) -> None:
     family = families.get(name)
     model = family.tiny()

@@ -11,10 +11,14 @@ it is never worse than `oracle-greedy` on those inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 
+from ..distill.noising import Noising
+from ..errors import DitcompressError
 from ..measures import ratio_db
 from ..models import Depth, account, depth_of, shortened
 from ..models.base import Axis
@@ -38,11 +42,11 @@ class Params(ProbeParams):
     updates: int = Field(400, ge=0)
     rows: int = Field(32, ge=1)
 
-    def learned(self) -> tinyfusion.Params:
+    def learned(self, clean: bool) -> tinyfusion.Params:
         """How the set is learned: to be kept, so ten times as fast as `tinyfusion` learns what it throws away."""
         return tinyfusion.Params(
-            samples=self.samples, steps=self.steps, updates=self.updates, rows=self.rows, loss="clean", keep=True,
-            learning_rate=1e-3,
+            samples=self.samples, steps=self.steps, updates=self.updates, rows=self.rows, keep=True,
+            loss="clean" if clean else "output", learning_rate=1e-3,
         )  # fmt: skip
 
 
@@ -53,14 +57,28 @@ def scores(context: Context, params: Params) -> Scores:
     error, chosen = _division(context, params, single)
     if not params.updates or not fits(context, params.rows):
         return Scores(single.values, notes={"chosen": chosen})
-    learned = tinyfusion.scores(context, params.learned())
-    units = tinyfusion.select(context, params.learned(), learned)
+    how = params.learned(_has_clean_latents(context))
+    learned = tinyfusion.scores(context, how)
+    units = tinyfusion.select(context, how, learned)
     tensors = staying(context, learned, units)
     own = context.damage(units, tensors)
-    notes = {"division_db": ratio_db(error), "learned_db": ratio_db(own), **learned.notes}
+    told = {"division_db": error, "learned_db": own}
+    notes: dict[str, Any] = {name: ratio_db(value) if 0 < value < math.inf else None for name, value in told.items()}
+    notes |= learned.notes
     if own < error and context.enough(units):
         return Scores(single.values, notes={**notes, "chosen": units}, tensors=tensors)
     return Scores(single.values, notes={**notes, "chosen": chosen})
+
+
+def _has_clean_latents(context: Context) -> bool:
+    """Whether the scheduler says how a prediction and the clean latents belong together."""
+    assert context.data is not None
+    data = context.data(images=1)
+    try:
+        Noising(data.scheduler, data.adapter, data.config)
+    except DitcompressError:
+        return False
+    return True
 
 
 def select(context: Context, params: Params, scores: Scores) -> list[str]:
@@ -80,7 +98,7 @@ def _division(context: Context, params: Params, single: Scores) -> tuple[float, 
             found.append((error, len(found)))
             advance(1)
     if not found:
-        return float("inf"), order
+        return math.inf, order
     error, place = min(found)
     return error, able[place]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import adapter_for, build_meta
-from ditcompress.pruning import _learned, parameters
+from ditcompress.pruning import _learned, parameters, prune_best
 from ditcompress.pruning.prune_best import MOST_WIDTH
 
-from .learned import learning
+from .learned import Random, learning
 from .models import deep
 
 FEW = ["samples=2", "steps=3"]
@@ -77,6 +78,22 @@ def test_nothing_is_learned_where_memory_is_too_small(monkeypatch: pytest.Monkey
                       dry_run=True, reporter=reporter)  # fmt: skip
     assert any("no set of blocks is learned: that needs" in line for line in reporter.said)
     assert "learned_db" not in found.facts["notes"]
+
+
+def test_a_sampler_without_noise_levels_is_learned_by_the_prediction() -> None:
+    found = learning("dit", deep("dit"))
+    assert prune_best._has_clean_latents(found)
+    blind = Random("dit", found.model)
+    blind.scheduler = Silenced()  # type: ignore[assignment]
+    assert not prune_best._has_clean_latents(replace(found, data=lambda **_: blind))
+    assert prune_best.Params().learned(False).loss == "output" and prune_best.Params().learned(True).loss == "clean"
+
+
+class Silenced:
+    """A scheduler that says nothing about noise."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
 
 
 def test_memory_of_a_training_step_is_that_of_what_autograd_keeps() -> None:
