@@ -214,7 +214,8 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
             device = pick_device(job.device)
             plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None, device)
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
-                     "torch": torch.__version__, "statistics": "" if found is None else found.digest}  # fmt: skip
+                     "device": str(device), "torch": torch.__version__,
+                     "statistics": "" if found is None else found.digest}  # fmt: skip
             journal = work_folder(target, marks, restart=job.restart)
             tuned = Tuned({}, {})
             if by is not None and trained:

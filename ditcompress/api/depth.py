@@ -115,7 +115,7 @@ def prune(
         raise DitcompressError("E322", path, "is narrower or shared already", "give the original checkpoint")
     layout = adapter_for(opened.config).layout(meta)
     width.check(layout)
-    if ratio is not None and "training" not in job.module.NEEDS:
+    if ratio is not None and ("training" not in job.module.NEEDS or getattr(job.params, "updates", 1) == 0):
         _memory.tell(reporter, lambda: _memory.of_pruning(
             opened, meta, layout, job.module, job.params, pick_dtype(dtype), offload))  # fmt: skip
     if dry_run:
@@ -165,6 +165,7 @@ def sensitivity(
     dtype: str = "float32", offload: str = "none", reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Importance of every unit of blocks by a pruning method, over timesteps where the method sees them."""
+    method = getattr(registry.get(method.replace("-", "_")), "SENSITIVITY", method)
     steps = SENSITIVITY_STEPS if "probes" in registry.get(method.replace("-", "_")).NEEDS else ()
     job = _Job(0.5, "params", method, (*steps, *overrides), None, None, seed, reporter or Silent(), offload)
     model, checkpoint = job.load(path, device, dtype)

@@ -29,7 +29,8 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 def free_memory(device: torch.device) -> int:
     """Bytes that a device can still give, without swapping."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it for later
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)
 
 

@@ -84,8 +84,10 @@ class Trajectories:
         steps, with their conditions."""
         self._renew(step // self.refresh)
         steps, images = self.latents.shape[:2]
-        places = torch.arange(steps * self.held)[:: max(1, -(-steps * self.held // size))]
-        where, image = places % steps, images - self.held + places // steps
+        count = min(size, steps * self.held)
+        rounds = -(-count // steps)  # over all steps, each with other images
+        places = torch.arange(count) * (steps * rounds) // count
+        where, image = places % steps, images - self.held + places // steps * self.held // rounds
         return self._states(where, image, torch.zeros(len(where), dtype=torch.bool))
 
     def _states(self, where: Tensor, image: Tensor, dropped: Tensor) -> Batch:

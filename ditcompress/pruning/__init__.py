@@ -66,7 +66,7 @@ def choose(context: Context, module: ModuleType, params: Any, total: float) -> C
     tensors |= dict(module.rewrite(context, params, picked)) if hasattr(module, "rewrite") else {}
     shared = dict(module.share(context, params, picked)) if hasattr(module, "share") else {}
     damage = context.damage(picked, tensors | _copies(context, shared, tensors)) if context.probes else None
-    damage = module.damage(context, params, picked) if narrower else damage
+    damage = module.damage(context, params, picked, tensors) if narrower else damage
     saved = context.target if narrower else context.saved(picked)
     return Choice(tuple(picked), blocks, scores, saved / total, damage, tensors, shared, narrower)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +54,25 @@ def journal(context: Context, name: str) -> Path | None:
     return folder
 
 
-def fits(context: Context, rows: int) -> bool:
-    """Whether a training step on `rows` states has room in memory; else a note says what it needs. What autograd would
-    keep of one state is counted, and not kept."""
+def kept_bytes(run: Callable[[], Any], own: Iterable[Tensor]) -> int:
+    """What autograd would keep of `run` beside the tensors `own`; it is counted, and not kept."""
     kept: dict[int, tuple[StorageWeakRef, int]] = {}  # a weak reference keeps an address from being used again
-    own = {p.untyped_storage()._cdata for p in context.model.parameters()}
+    known = {tensor.untyped_storage()._cdata for tensor in own}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in known:
             kept[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return torch.empty(0)
 
-    probe = context.probes[0].rows(slice(0, 1))
-    state = replace(probe, latents=probe.latents.detach().requires_grad_(True))
-    with context.still(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda empty: empty):
-        context.predict(state)
-    needed, free = rows * sum(size for _, size in kept.values()), free_memory(device_of(context.model))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda empty: empty):
+        run()
+    return sum(size for _, size in kept.values())
+
+
+def fits(context: Context, needed: int) -> bool:
+    """Whether a training step that keeps so many bytes has room in memory; else a note says so."""
+    free = free_memory(device_of(context.model))
     if needed > free:
         told = f"that needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         context.reporter.note(f"no set of blocks is learned: {told}")

@@ -6,7 +6,7 @@ measures long enough to go on from where it was killed) and
     scores(context, params) -> Scores            importance of each unit, higher = keep
     select(context, params, scores) -> units     optional: which units go, where it is more than the lowest scores
     width(context, units) -> ratio               optional: the share of heads and neurons that goes as well, and then
-    damage(context, params, units) -> float      `Context.damage` of both together
+    damage(context, params, units, tensors) -> float   `Context.damage` of both together
     rewrite(context, params, units) -> tensors   optional: new values of tensors in blocks that stay, by the names that
                                                  they have in the whole model, shapes as they were
     share(context, params, units) -> modules     optional: for modules of blocks that stay, by path, the module of

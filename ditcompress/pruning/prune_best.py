@@ -12,10 +12,11 @@ it is never worse than `oracle-greedy` on those inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
 from ..distill.noising import Noising
 from ..errors import DitcompressError
@@ -29,6 +30,7 @@ from ._probes import spread
 from .base import Context, ProbeParams, Scores, staying
 
 NEEDS = ("probes", "training", "journal")
+SENSITIVITY = "oracle-greedy"  # whose scores are shown where importance alone is asked for
 MOST_WIDTH = 0.9
 
 
@@ -55,17 +57,20 @@ def scores(context: Context, params: Params) -> Scores:
     the new tensors of the latter."""
     single = oracle_greedy.scores(context, oracle_greedy.Params())
     error, chosen = _division(context, params, single)
-    if not params.updates or not fits(context, params.rows):
+    if not params.updates:
         return Scores(single.values, notes={"chosen": chosen})
     how = params.learned(_has_clean_latents(context))
+    room = lambda: fits(context, params.rows * tinyfusion.state_bytes(context, how))  # noqa: E731
+    if not context.remembered("room", [], room):  # memory may be another one when a killed run goes on
+        return Scores(single.values, notes={"chosen": chosen})
     learned = tinyfusion.scores(context, how)
     units = tinyfusion.select(context, how, learned)
     tensors = staying(context, learned, units)
-    own = context.damage(units, tensors)
+    own = damage(context, params, units, tensors) if _can_be(context, width(context, units)) else math.inf
     told = {"division_db": error, "learned_db": own}
     notes: dict[str, Any] = {name: ratio_db(value) if 0 < value < math.inf else None for name, value in told.items()}
     notes |= learned.notes
-    if own < error and context.enough(units):
+    if own < error:
         return Scores(single.values, notes={**notes, "chosen": units}, tensors=tensors)
     return Scores(single.values, notes={**notes, "chosen": chosen})
 
@@ -142,18 +147,21 @@ def _narrowable(context: Context) -> dict[str, float]:
     return {block: rate * count for block, count in inside.items()}
 
 
-def damage(context: Context, params: Params, units: Sequence[str]) -> float:
-    """Share of the prediction's energy that is wrong without `units` and the width that fills the budget."""
+def damage(
+    context: Context, params: Params, units: Sequence[str], tensors: Mapping[str, Tensor] | None = None
+) -> float:
+    """Share of the prediction's energy that is wrong without `units` and the width that fills the budget, with
+    `tensors` rewritten."""
     from . import width as widths
     from .width import obs_diff
 
     ratio = width(context, units)
     if not ratio:
-        return context.damage(units)
+        return context.damage(units, tensors)
     references = context.references()
     config = {**dict(context.model.config), "_class_name": type(context.model).__name__}  # type: ignore[arg-type]
     blocks = context.depth.of(units)
-    with without_blocks(context.model, context.depth, blocks) as model:
+    with context.rewritten(tensors or {}), without_blocks(context.model, context.depth, blocks) as model:
         layout = context.adapter.layout(model)
         depth = Depth((), {}, {}, depth_of(shortened(config, context.depth, blocks), layout).lists)
         inner = widths.Context(model, context.adapter, layout, depth, {}, 0.0, context.probes, context.seed,

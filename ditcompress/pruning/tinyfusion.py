@@ -31,12 +31,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ..calibration.trajectory import generator
-from ..distill.data import Data
+from ..distill.data import EVERY, Batch, Data
 from ..distill.lora import Adapters
 from ..distill.losses import output_loss
 from ..distill.noising import Noising
 from ..distill.trainer import Plain, train
-from ._learned import Gates, LearnedParams, gated, settings, states
+from ..offload import device_of
+from ._learned import Gates, LearnedParams, gated, kept_bytes, settings, states
 from .base import Context, Scores
 
 NEEDS = ("probes", "training")
@@ -205,6 +206,32 @@ def scores(context: Context, params: Params) -> Scores:
         tensors = merged(context, adapters) if params.keep and adapters else {}
     values = {unit: stay for row in found for unit, stay in row.pop("stays").items()}
     return Scores({name: values[name] for name in context.names}, notes={"groups": found}, tensors=tensors)
+
+
+def state_bytes(context: Context, params: Params) -> int:
+    """What one state of a training step keeps for the backward pass."""
+    with ExitStack() as stack:
+        stack.enter_context(context.still())
+        gates = stack.enter_context(gated(context))
+        adapters = Adapters(
+            context.model, context.layout.blocks, params.rank, context.seed, ALPHA / max(params.rank, 1)
+        )
+        stack.callback(adapters.remove)
+        adapters.enabled = False
+        task = Search(context, params, groups_of(context, params.group), _Probed(context), gates, adapters)
+        own = (*context.model.parameters(), *task.parameters().values())
+        return kept_bytes(lambda: task.loss(0, 0), own)
+
+
+class _Probed:
+    """A batch of one state: the first one that was probed."""
+
+    def __init__(self, context: Context) -> None:
+        self.adapter, self.device = context.adapter, device_of(context.model)
+        self.probe = context.probes[0].rows(slice(0, 1))
+
+    def batch(self, step: int, size: int, part: int = 0, rows: slice = EVERY) -> Batch:
+        return Batch(self.probe.latents.to(self.device), self.probe.timestep.to(self.device), self.probe.cond)
 
 
 @torch.no_grad()

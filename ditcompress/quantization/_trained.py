@@ -172,6 +172,7 @@ class Imitation(Imitating):
         if decision.activation.mode != "none":
             wants = decision.activation.mode == "static"
             static = steps.static(decision, weight, statistics, smooth, sign) if wants else None
+            static = static and tuple(None if part is None else part.to(weight.device) for part in static)
             linear.register_forward_pre_hook(_RoundInput(decision, smooth, sign, static))
         if decision.output_norm:
             self.norms[decision.site] = _Norm(torch.ones(len(weight), device=weight.device))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import DitcompressError
 from ..formats.base import StrictParams
 from ..hadamard import unrotate
 from ._trained import Quantizer
@@ -48,7 +49,12 @@ class Fixed(Quantizer):
 
 def left(layer: Layer, rounded: Tensor) -> float:
     """Root mean square of what rounding changed in the outputs, on the kept tokens."""
-    error = layer.effective_tokens() @ (rounded - layer.effective_weight().float()).T
+    tokens = layer.effective_tokens()
+    if not len(tokens):
+        raise DitcompressError(
+            "E331", layer.name, "no tokens were kept", "calibrate with calibration.reservoir above 0"
+        )
+    error = tokens @ (rounded - layer.effective_weight().float()).T
     return float(error.square().mean().sqrt())
 
 

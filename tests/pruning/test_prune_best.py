@@ -11,11 +11,12 @@ import torch
 
 from ditcompress import api
 from ditcompress.console import Silent
+from ditcompress.distill.lora import Adapters
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import adapter_for, build_meta
-from ditcompress.pruning import _learned, parameters, prune_best
+from ditcompress.pruning import _learned, parameters, prune_best, tinyfusion
 from ditcompress.pruning.prune_best import MOST_WIDTH
 
 from .learned import Random, learning
@@ -96,20 +97,40 @@ class Silenced:
         self.config: dict[str, Any] = {}
 
 
-def test_memory_of_a_training_step_is_that_of_what_autograd_keeps() -> None:
-    """Counted without keeping it, against what is alive at once when it is kept."""
-    found = replace(learning("dit", deep("dit")), reporter=Noting())
-    assert _learned.fits(found, 1) and not _learned.fits(found, 10**7)
-    told = float(found.reporter.said[0].split("needs ")[1].split(" GB")[0])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_memory_of_a_training_step_is_that_of_what_autograd_keeps(family: str) -> None:
+    """Counted without keeping it, against what the search's own loss keeps alive."""
+    found = learning(family, deep(family))
+    params = prune_best.Params().learned(False)
+    told = tinyfusion.state_bytes(found, params)
     alive: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         alive[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    probe = found.probes[0].rows(slice(0, 1))
-    with found.still(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = found.predict(replace(probe, latents=probe.latents.requires_grad_(True)))
-    weights = {p.untyped_storage().data_ptr() for p in found.model.parameters()}
-    kept = sum(storage.nbytes() for place, storage in alive.items() if place not in weights)
-    assert output.requires_grad and told == pytest.approx(kept * 10**7 / 1e9, rel=0.02)
+    few = params.model_copy(update={"rows": 4})
+    with found.still(), _learned.gated(found) as gates:
+        adapters = Adapters(found.model, found.layout.blocks, few.rank, 0, 2.0)
+        task = tinyfusion.Search(
+            found, few, tinyfusion.groups_of(found, 4), Random(family, found.model), gates, adapters
+        )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = task.loss(0, 0)
+        own = {p.untyped_storage().data_ptr() for p in (*found.model.parameters(), *task.parameters().values())}
+    kept = sum(storage.nbytes() for place, storage in alive.items() if place not in own)
+    assert loss.requires_grad and kept == pytest.approx(4 * told, rel=0.1)
+
+
+def test_a_learned_set_that_leaves_a_rest_of_width_is_measured_with_it() -> None:
+    few = [*FEW, "divisions=2", "rounds=8", "updates=12", "rows=8"]
+    found = api.prune(digits_folder(), 0.78, method="prune-best", seed=1, overrides=few, width_overrides=["rounds=8"])
+    notes = found.facts["notes"]
+    assert notes["learned_db"] > notes["division_db"] and found.facts["width"]["width_ratio"] > 0
+    assert found.facts["output_sqnr_db"] == pytest.approx(notes["learned_db"], abs=1e-6)
+
+
+def test_importance_alone_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_best, "scores", lambda *_: pytest.fail("searched"))
+    few = ["samples=1", "steps=2"]
+    assert api.sensitivity(digits_folder(), method="prune-best", overrides=few)["method"] == "oracle-greedy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,17 @@ def test_only_as_much_of_a_training_is_kept_as_held_out_states_like(monkeypatch:
     assert all(torch.equal(t, plain.state_dict()[name]) for name, t in tuned.state_dict().items())
 
 
+@pytest.mark.parametrize(("steps", "images", "size"), [(25, 512, 64), (20, 128, 64), (64, 128, 64), (10, 64, 64)])
+def test_held_out_states_are_of_all_steps(steps: int, images: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_conditions = SimpleNamespace(null=None)
+    data = Trajectories(None, None, {}, None, no_conditions, None, images=images, held=images // 8)  # type: ignore[arg-type]
+    data.latents, data.timesteps, data.number = torch.zeros(steps, images, 1), torch.arange(steps), 0
+    monkeypatch.setattr(data, "_states", lambda where, image, _: (where.tolist(), image.tolist()))
+    where, image = data.judging(0, size)  # type: ignore[misc]
+    assert len({*zip(where, image, strict=True)}) == size and min(image) >= images - images // 8
+    assert len({*where}) == min(steps, size)
+
+
 def test_held_out_images_are_not_trained_on() -> None:
     family = families.get("dit")
     model = family.tiny()
@@ -125,4 +137,4 @@ def test_held_out_images_are_not_trained_on() -> None:
     assert len(judged.latents) == 6 and len(judged.timestep.unique()) == 3
     trained = torch.cat([data.batch(step, 16).latents for step in range(10)]).flatten(1)
     assert not (trained[:, None] == judged.latents.flatten(1)[None]).all(-1).any()
-    assert len(data.judging(9, 4).latents) == 3
+    assert len(data.judging(9, 4).latents) == 4
