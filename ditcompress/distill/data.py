@@ -85,8 +85,8 @@ class Trajectories:
         self._renew(step // self.refresh)
         steps, images = self.latents.shape[:2]
         count = min(size, steps * self.held)
-        rounds = -(-count // steps)  # over all steps, each with other images
-        places = torch.arange(count) * (steps * rounds) // count
+        rounds = -(-count // steps)  # over all steps, each with another image
+        places = torch.arange(count) if count > steps else torch.arange(count) * steps // count
         where, image = places % steps, images - self.held + places // steps * self.held // rounds
         return self._states(where, image, torch.zeros(len(where), dtype=torch.bool))
 
