@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# nproc believes OMP_NUM_THREADS where it is set
+THREADS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test lint format wheel reference clean
 
