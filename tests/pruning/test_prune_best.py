@@ -122,9 +122,10 @@ def test_memory_of_a_training_step_is_that_of_what_autograd_keeps(family: str) -
     assert loss.requires_grad and kept == pytest.approx(4 * told, rel=0.1)
 
 
-def test_a_learned_set_that_leaves_a_rest_of_width_is_measured_with_it() -> None:
+def test_a_learned_set_that_leaves_a_rest_of_width_is_measured_with_it(tmp_path: Path) -> None:
     few = [*FEW, "divisions=2", "rounds=8", "updates=12", "rows=8"]
-    found = api.prune(digits_folder(), 0.78, method="prune-best", seed=1, overrides=few, width_overrides=["rounds=8"])
+    found = api.prune(digits_folder(), 0.78, tmp_path / "out", method="prune-best", seed=1, overrides=few,
+                      width_overrides=["rounds=8"])  # fmt: skip
     notes = found.facts["notes"]
     assert notes["learned_db"] > notes["division_db"] and found.facts["width"]["width_ratio"] > 0
     assert found.facts["output_sqnr_db"] == pytest.approx(notes["learned_db"], abs=1e-6)
