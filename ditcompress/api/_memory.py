@@ -139,8 +139,9 @@ def _keeping(kept: list[Any]) -> Hook:
 
 
 def of_encoding(checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: int) -> Memory:
-    """Of rounding block by block: the largest block as stored, or what is taken together of smaller ones; a dozen
-    float32 copies of the largest weights that are encoded together, and solves in float64 on their Gram matrices."""
+    """Of rounding block by block: the largest block as stored, or what is taken together of smaller ones; eight
+    float32 copies of the largest weights that are encoded together, or with statistics a dozen, and solves in float64
+    on their Gram matrices."""
     blocks: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
         block = block_of(name, layout.blocks)
@@ -155,9 +156,8 @@ def of_encoding(checkpoint: Checkpoint, layout: Layout, plan: Plan, statistics: 
     work, taken = 0, max(blocks.values(), default=0)
     for sites in together.values():
         wide, high = sites[0].in_features, sites[0].out_features
-        work = max(
-            work, min(len(sites), most_together(sites[0])) * (48 * wide * high + 24 * wide**2 * bool(statistics))
-        )
+        each = 48 * wide * high + 24 * wide**2 if statistics else 32 * wide * high
+        work = max(work, min(len(sites), most_together(sites[0])) * each)
         taken = max(taken, min(WINDOW, sum(blocks.values()))) if len(sites) > 1 else taken
     held = checkpoint.total_bytes if checkpoint.memory is not None else 0
     return _memory(held, statistics, taken + work, "none")
