@@ -22,13 +22,12 @@ from .test_engine import quick
 
 
 def distinct() -> list[str]:
-    """Recipes that differ in their steps, formats or activations."""
+    """Recipes that differ in their steps or formats."""
     found: dict[Any, str] = {}
     for name in sorted(recipe.recipe_files()):
         chosen = recipe.load_recipe(name)
         if chosen.backend != "bitsandbytes":
-            rules = [([s.name for s in r.steps], r.weight and r.weight.format, r.activation,
-                      r.rotate, bool(r.rank)) for r in chosen.rules]  # fmt: skip
+            rules = [([s.name for s in r.steps], r.weight and r.weight.format) for r in chosen.rules]
             found.setdefault(repr(rules), name)
     return sorted(found.values())
 
