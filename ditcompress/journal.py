@@ -1,15 +1,14 @@
-"""The journal of the block loop: one file of tensors and one of records for each finished unit."""
+"""The journal of the block loop: one file for each finished unit."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .checkpoint.writer import load_atomic, save_atomic
 
 
 @dataclass(frozen=True)
@@ -34,20 +33,20 @@ Unit = tuple[dict[str, Tensor], list[LayerRecord], dict[str, dict[str, Any]]]
 
 
 def is_stored(journal: Path, number: int) -> bool:
-    """The records file is renamed into place last, so its presence means that both are whole."""
-    return (journal / f"unit-{number:05d}.json").exists()
+    """The file is renamed into place, so its presence means that it is whole."""
+    return _file(journal, number).exists()
 
 
 def load_unit(journal: Path, number: int) -> Unit:
-    facts = json.loads((journal / f"unit-{number:05d}.json").read_text())
+    tensors, facts = load_atomic(_file(journal, number))
     records = [LayerRecord(**{**r, "shape": tuple(r["shape"])}) for r in facts["records"]]
-    return load_file(journal / f"unit-{number:05d}.safetensors"), records, facts["schemes"]
+    return tensors, records, facts["schemes"]
 
 
 def save_unit(journal: Path, number: int, unit: Unit) -> None:
     tensors, records, schemes = unit
-    base = journal / f"unit-{number:05d}"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{base}.part")
-    os.replace(f"{base}.part", f"{base}.safetensors")
-    Path(f"{base}.part").write_text(json.dumps({"records": [asdict(r) for r in records], "schemes": schemes}))
-    os.replace(f"{base}.part", f"{base}.json")
+    save_atomic(_file(journal, number), tensors, {"records": [asdict(r) for r in records], "schemes": schemes})
+
+
+def _file(journal: Path, number: int) -> Path:
+    return journal / f"unit-{number:05d}.safetensors"

@@ -12,13 +12,13 @@ PART = 1 << 17  # values at a time, so that their float64 copies stay in the cac
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio of whole tensors in dB; +inf when they are equal."""
-    signal = noise = 0.0
+    signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
     for one, other in zip(reference.flatten().split(PART), approximation.flatten().split(PART), strict=True):
         one, other = one.double(), other.double()
-        signal += torch.dot(one, one).item()
         other = other - one
-        noise += torch.dot(other, other).item()
-    return ratio_db(noise / signal) if signal > 0 else (math.inf if noise == 0 else -math.inf)
+        signal, noise = signal + torch.dot(one, one), noise + torch.dot(other, other)
+    given, lost = torch.stack([signal, noise]).tolist()  # one wait for the device
+    return ratio_db(lost / given) if given > 0 else (math.inf if lost == 0 else -math.inf)
 
 
 def output_sqnr_db(reference: Tensor, approximation: Tensor) -> float:

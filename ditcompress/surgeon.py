@@ -35,15 +35,16 @@ class Surgeon:
         self.diagonal = self.inverse.diagonal().clone()
         self.held, self.count = self.inverse.new_empty(max(1, min(HELD, count // 4)), count), 0
 
-    def _places(self, units: Sequence[int], size: int) -> Tensor:
+    def _columns(self, units: Sequence[int], size: int) -> Tensor:
+        """(units, size): columns of the whole weight."""
         first = self.start + torch.tensor(units, device=self.place.device) * size
-        return self.place[first[:, None] + torch.arange(size, device=self.place.device)]
+        return first[:, None] + torch.arange(size, device=self.place.device)
 
     def errors(self, units: Sequence[int], size: int) -> Tensor:
         """tr(W_P ([C^-1]_PP)^-1 W_P^T) of each unit, (units,)."""
         if size > 1:
             self._settle()
-        index = self._places(units, size)
+        index = self.place[self._columns(units, size)]
         if size == 1:
             return (self.weight.square().sum(0) / self.diagonal)[index[:, 0]].cpu()
         blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (units, size, size)
@@ -54,7 +55,8 @@ class Surgeon:
         """Compensate the other columns and forget these."""
         if self.count + len(units) * size > len(self.held):
             self._settle()
-        gone = self._places(units, size).flatten()
+        columns = self._columns(units, size).flatten()
+        gone = self.place[columns]
         known = self.held[: self.count]
         rows = self.inverse[gone] - known[:, gone].T @ known
         lower = torch.linalg.cholesky(rows[:, gone])
@@ -62,7 +64,7 @@ class Surgeon:
         pull = torch.linalg.solve_triangular(lower, self.weight[:, gone].T, upper=False)
         self.weight.addmm_(pull.T, new, alpha=-1)
         self.diagonal -= new.square().sum(0)
-        self.place[self.place.new_tensor([unit * size + k + self.start for unit in units for k in range(size)])] = -1
+        self.place[columns] = -1
         if len(new) > len(self.held):  # a chunk that is larger than what is held
             self._settle(new)
         else:

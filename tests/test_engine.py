@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
 
     with pytest.raises(KeyboardInterrupt):
         engine.run(source, layout, plan, {}, Stops(), _Memory(), journal=tmp_path)
-    assert (tmp_path / "unit-00000.json").exists()
+    assert (tmp_path / "unit-00000.safetensors").exists()
     resumed = _Memory()
     Stops.calls = 100
     outcome = engine.run(source, layout, plan, {}, Stops(), resumed, journal=tmp_path)
@@ -183,12 +183,12 @@ def test_a_window_that_was_interrupted_is_done_again_with_the_same_bytes(tmp_pat
     source, layout, plan, inputs = together()
     whole, again = _Memory(), _Memory()
     engine.run(source, layout, plan, inputs, RecipeSteps(), whole, journal=tmp_path)
-    (tmp_path / "unit-00003.json").unlink()
+    (tmp_path / "unit-00003.safetensors").unlink()
     steps = Counts()
     engine.run(source, layout, plan, inputs, steps, again, journal=tmp_path)
     assert steps.sizes  # the blocks, not what stands outside of them
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.tensors.items())
-    assert (tmp_path / "unit-00003.json").exists()
+    assert (tmp_path / "unit-00003.safetensors").exists()
 
 
 def test_static_activations_use_the_calibrated_range() -> None:

@@ -8,7 +8,6 @@ them first.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint.writer import save_atomic
+from ..checkpoint.writer import load_atomic, save_atomic
 from ..console import Reporter, Silent
 from ..models.base import Layout
 from ..ranks import ALONE, Ranks
@@ -268,11 +266,8 @@ class _Run:
         path = journal / "state.safetensors" if journal is not None else None
         if path is None or not path.exists():
             return 0
-        from safetensors import safe_open
-
-        with safe_open(str(path), "pt") as file:
-            facts = json.loads(file.metadata()["ditcompress"])
-        part = unflatten(load_file(path), {})
+        tensors, facts = load_atomic(path)
+        part = unflatten(tensors, {})
         self.collector.inputs, self.collector.similarity = part.inputs, part.blocks
         self.timesteps = facts["timesteps"]
         return int(facts["done"])

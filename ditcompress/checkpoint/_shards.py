@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import DitcompressError, printable
@@ -112,6 +113,13 @@ def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def load_atomic(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of such a file and its metadata."""
+    with safe_open(str(path), "pt") as file:
+        facts = json.loads((file.metadata() or {}).get("ditcompress", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  (not a mapping)
 
 
 def _texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import DitcompressError
 from ._files import OTHER, open_regular, os_errors
 from ._shards import ShardWriter as ShardWriter  # the door for everything that writes
+from ._shards import load_atomic as load_atomic
 from ._shards import save_atomic as save_atomic
 from .manifest import NAME as MANIFEST
 from .manifest import changed, is_ours, write_manifest

@@ -20,8 +20,8 @@ updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Any, Literal
@@ -187,17 +187,10 @@ class Search(Plain):
 def scores(context: Context, params: Params) -> Scores:
     """The learned probability that each unit stays, and the groups."""
     groups, data = groups_of(context, params.group), states(context, params)
-    with ExitStack() as stack:
-        stack.enter_context(context.still())
-        gates = stack.enter_context(gated(context))
-        adapters = None
-        if params.rank:
-            adapters = Adapters(context.model, context.layout.blocks, params.rank, context.seed, ALPHA / params.rank)
-            stack.callback(adapters.remove)
-            adapters.enabled = False
-        weights = None
-        if params.loss == "clean":
-            weights = Noising(data.scheduler, data.adapter, data.config, "use loss=output").clean_weights
+    weights = None
+    if params.loss == "clean":
+        weights = Noising(data.scheduler, data.adapter, data.config, "use loss=output").clean_weights
+    with learning(context, params) as (gates, adapters):
         task = Search(context, params, groups, data, gates, adapters, weights)
         options = settings(params, schedule="constant", warmup=0.0, ema=params.ema, clip=1.0)
         if any(len(patterns) > 1 for patterns in task.patterns):
@@ -208,16 +201,21 @@ def scores(context: Context, params: Params) -> Scores:
     return Scores({name: values[name] for name in context.names}, notes={"groups": found}, tensors=tensors)
 
 
+@contextmanager
+def learning(context: Context, params: Params) -> Iterator[tuple[Gates, Adapters | None]]:
+    """The model with a gate at every unit and adapters, not enabled yet, at the linears of the blocks."""
+    with context.still(), gated(context) as gates, ExitStack() as stack:
+        adapters = None
+        if params.rank:
+            adapters = Adapters(context.model, context.layout.blocks, params.rank, context.seed, ALPHA / params.rank)
+            stack.callback(adapters.remove)
+            adapters.enabled = False
+        yield gates, adapters
+
+
 def state_bytes(context: Context, params: Params) -> int:
     """What one state of a training step keeps for the backward pass."""
-    with ExitStack() as stack:
-        stack.enter_context(context.still())
-        gates = stack.enter_context(gated(context))
-        adapters = Adapters(
-            context.model, context.layout.blocks, params.rank, context.seed, ALPHA / max(params.rank, 1)
-        )
-        stack.callback(adapters.remove)
-        adapters.enabled = False
+    with learning(context, params) as (gates, adapters):
         task = Search(context, params, groups_of(context, params.group), _Probed(context), gates, adapters)
         own = (*context.model.parameters(), *task.parameters().values())
         return kept_bytes(lambda: task.loss(0, 0), own)

@@ -14,9 +14,7 @@ from ..formats.base import stackable
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ._runner import Runner
-from .base import Encoded, Group, Layer, range_scale, registry, step_module, validated
-
-CPU = torch.device("cpu")
+from .base import CPU, Encoded, Group, Layer, range_scale, registry, step_module, validated
 
 __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
@@ -64,34 +62,22 @@ class RecipeSteps:
     def encode_many(self, linears: Sequence[Linear]) -> Sequence[Encoded]:
         """The stored forms of one linear, or of some that are `alike`."""
         if len(linears) == 1:
-            one = linears[0]
-            return [self.encode(one.decision, one.weight, one.statistics, one.smooth, one.seed, one.sign)]
+            return [self.encode(linears[0])]
         module, params = step_module(_encoder(linears[0].decision))
-        layers = [self._layer(o.decision, o.weight, o.statistics, o.smooth, o.seed, o.sign) for o in linears]
+        layers = [self._layer(linear) for linear in linears]
         return [encoded.to(CPU) for encoded in module.encode_many(layers, params)]
 
-    def encode(
-        self,
-        decision: LayerDecision,
-        weight: Tensor,
-        statistics: Any,
-        smooth: Tensor | None,
-        seed: int,
-        sign: Tensor | None = None,
-    ) -> Encoded:
+    def encode(self, linear: Linear) -> Encoded:
         """The stored form of one weight: what training has found, else by the step that encodes."""
-        if decision.site in self.tuned:
-            return self.tuned[decision.site]
-        layer = self._layer(decision, weight, statistics, smooth, seed, sign)
-        module, params = step_module(_encoder(decision))
-        return module.encode(layer, params).to(CPU)
+        if linear.decision.site in self.tuned:
+            return self.tuned[linear.decision.site]
+        module, params = step_module(_encoder(linear.decision))
+        return module.encode(self._layer(linear), params).to(CPU)
 
-    def _layer(
-        self, decision: LayerDecision, weight: Tensor, statistics: Any, smooth: Tensor | None, seed: int,
-        sign: Tensor | None,
-    ) -> Layer:  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
-        return Layer(decision, weight, statistics, smooth, sign, generator).to(self.device)
+    def _layer(self, linear: Linear) -> Layer:
+        generator = torch.Generator().manual_seed(linear.seed)
+        given = (linear.weight, linear.statistics, linear.smooth, linear.sign)
+        return Layer(linear.decision, *given, generator).to(self.device)
 
 
 def measures(plan: Plan) -> bool:

@@ -21,15 +21,13 @@ from torch.nn.utils import parametrize
 from ..distill.comparison import Imitating
 from ..distill.data import Batch, Trajectories
 from ..distill.losses import output_loss
-from ..engine import sign_of
+from ..engine import Linear, sign_of
 from ..hadamard import rotate, unrotate
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ..runtime.activation import fake_quantize
 from ..runtime.linear import normed
-from .base import Encoded, Layer, registry, step_module
-
-CPU = torch.device("cpu")
+from .base import CPU, Encoded, Layer, registry, step_module
 
 
 class Quantizer(nn.Module):
@@ -159,7 +157,7 @@ class Imitation(Imitating):
         smooth, sign = layer.smooth, layer.sign
         found = trained_step(decision)
         if found is None or getattr(found[0], "AFTER", False):
-            encoded = steps.encode(decision, weight, statistics, smooth, seed, sign).to(weight.device)
+            encoded = steps.encode(Linear(decision, weight, statistics, smooth, seed, sign)).to(weight.device)
         if found is None:  # rounded once, and part of what the others learn to live with
             fixed = encoded.dequantize()
             fixed = fixed if sign is None else unrotate(fixed, sign, decision.rotate)

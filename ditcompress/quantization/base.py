@@ -31,6 +31,8 @@ from ..registry import Registry, nearest
 
 registry = Registry("ditcompress.quantization", "step", ("Params", "NEEDS"))
 
+CPU = torch.device("cpu")
+
 
 class InputStatistics(Protocol):
     """What calibration knows about one input (see calibration/statistics.py)."""

@@ -90,10 +90,8 @@ def choices(
         weights += weight.numel()
         free = any(step.name == "mixed" for step in decision.steps)
         forms = [decision, *(_forms(decision, params, shape) if free else ())]
-        found = [
-            Choice(stored_bits(f, shape), rounding_cost(f, weight, statistics[f.site]) if free else 0.0, f)
-            for f in forms
-        ]
+        known = statistics[decision.site] if free else None  # looked up once: it may move to a device
+        found = [Choice(stored_bits(f, shape), rounding_cost(f, weight, known) if free else 0.0, f) for f in forms]
         table.append(hull(found))
     return table, weights
 

@@ -45,9 +45,9 @@ def choose(
     tables = []
     for decision in decisions:
         if any(step.name == "q_dit" for step in decision.steps):
-            weight = read(decision.site).float()
+            weight, known = read(decision.site).float(), statistics[decision.site]
             forms = [with_group(decision, g) for g in allowed(weight.shape[1], params)]
-            tables.append([(form, error(form, weight, statistics[decision.site], params)) for form in forms])
+            tables.append([(form, error(form, weight, known, params)) for form in forms])
         else:
             tables.append([(decision, 0.0)])
     genes = search([[e for _, e in table] for table in tables], [[_group(d) for d, _ in t] for t in tables], params)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ditcompress.engine import Linear
 from ditcompress.errors import DitcompressError
 from ditcompress.formats.base import resolve
 from ditcompress.plan import ActivationSpec, LayerDecision, StepSpec, WeightSpec
@@ -134,7 +135,7 @@ def test_svdquant_naive_then_svd_then_gptq_get_better() -> None:
     measured = trial(replace(one, smooth=smooth), 256)
     plain = trial(one, 256)
     rtn = replace(one.decision, rank=0, steps=(StepSpec("rtn"),))
-    naive = plain.error(RecipeSteps().encode(rtn, one.weight, one.statistics, None, 0).dequantize())
+    naive = plain.error(RecipeSteps().encode(Linear(rtn, one.weight, one.statistics, None, 0)).dequantize())
 
     def with_residual(how: str) -> float:
         params = svdquant.Params(residual=how, iterations=10)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ditcompress.engine import Linear
 from ditcompress.errors import DitcompressError
 from ditcompress.formats import int as fmt
 from ditcompress.plan import LayerDecision, StepSpec, WeightSpec
@@ -110,7 +111,7 @@ def test_every_encoder_is_deterministic_and_not_worse_than_rounding(name: str) -
     shape = SHAPES.get(name, {})
     one = decision((StepSpec(name),), rank=4 if hasattr(registry.get(name), "LOW_RANK") else 0, **shape)
     plain = decision((StepSpec("rtn"),), **shape)
-    results = [RecipeSteps().encode(d, weight, statistics(gram), None, 0) for d in (one, one, plain)]
+    results = [RecipeSteps().encode(Linear(d, weight, statistics(gram), None, 0)) for d in (one, one, plain)]
     assert all(
         torch.equal(results[0].packed.tensors[k], results[1].packed.tensors[k]) for k in results[0].packed.tensors
     )
