@@ -76,11 +76,12 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """One point of what a budget buys: mean stored bits of the planned weights, and the output SQNR in dB that the
-    statistics predict for it; `chosen` marks the plan's own."""
+    """One point of what a budget buys: mean stored bits of the planned weights, the output SQNR in dB that the
+    statistics predict for it, and that of rounding to nearest; `chosen` marks the plan's own."""
 
     bits: float
     predicted_db: float
+    nearest_db: float
     chosen: bool = False
 
 

@@ -16,7 +16,7 @@ from ..calibration.collect import CalibrationSettings, collect
 from ..calibration.conditions import Conditions, get_conditions
 from ..calibration.schedulers import load_scheduler
 from ..calibration.statistics import Statistics
-from ..calibration.store import fingerprint, load_statistics, save_statistics
+from ..calibration.store import VERSION, fingerprint, load_statistics, save_statistics
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
@@ -187,6 +187,7 @@ def cached_statistics(
     """Statistics from the cache when this checkpoint was calibrated in this way before, else fresh ones. Of several
     processes the first one has them."""
     asked = {
+        "version": VERSION,
         "model": checkpoint.fingerprint,
         "settings": asdict(settings),
         "conditions": _digest(conditions),

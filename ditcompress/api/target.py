@@ -88,5 +88,5 @@ def measured_db(
         original, compressed, settings, scheduler=Path(scheduler) if scheduler else None,
         conditions=Path(conditions) if conditions else None, reporter=reporter,
     )  # fmt: skip
-    found = probe(subject, reporter)["cond"]
+    found = probe(subject, reporter, brief=True)["cond"]
     return ratio_db(float(torch.as_tensor(found.noise / found.signal).mean()))

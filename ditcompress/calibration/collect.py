@@ -188,6 +188,7 @@ class _Run:
         counted = list(range(len(images))) if rows is None else rows.nonzero().flatten().tolist()
         for start in range(0, min(len(counted), FISHER_IMAGES), FISHER_CHUNK):
             chunk = counted[start : start + FISHER_CHUNK]
+            self.collector.weighed += len(chunk) * (1 + self.guided)
             few = [place for place in chunk if place in places]
             if not few:
                 continue
@@ -230,6 +231,7 @@ class _Run:
         try:
             with everything_runs(self.model):
                 self.batch(0, *self.batches()[0], lambda steps: None)
+            self.collector.average()
         finally:
             for handle in handles:
                 handle.remove()
@@ -238,6 +240,7 @@ class _Run:
 
     def result(self) -> Statistics:
         self.ranks = ALONE  # one process fills in what is missing
+        self.collector.average()
         self.complete()
         fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
@@ -259,7 +262,8 @@ class _Run:
 
     def _save(self, journal: Path, done: int) -> None:
         part = Statistics(self.collector.inputs, self.collector.similarity)
-        save_atomic(journal / "state.safetensors", flatten(part), {"done": done, "timesteps": self.timesteps})
+        facts = {"done": done, "timesteps": self.timesteps, "weighed": self.collector.weighed}
+        save_atomic(journal / "state.safetensors", flatten(part), facts)
 
     def restore(self, journal: Path | None) -> int:
         """Number of batches that are already counted."""
@@ -269,7 +273,7 @@ class _Run:
         tensors, facts = load_atomic(path)
         part = unflatten(tensors, {})
         self.collector.inputs, self.collector.similarity = part.inputs, part.blocks
-        self.timesteps = facts["timesteps"]
+        self.timesteps, self.collector.weighed = facts["timesteps"], facts["weighed"]
         return int(facts["done"])
 
 

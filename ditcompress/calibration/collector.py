@@ -63,6 +63,7 @@ class Collector:
         self.share: Share | None = None  # the rows of the batch that this process runs; None: all
         self.source = torch.Generator()
         self.active = False
+        self.weighed = 0  # rows of the batches whose tokens were weighted, of all processes
 
     def begin(self, bucket: int, rows: Tensor | None, seed: int, share: Share | None = None) -> None:
         """What the next forward pass counts as; `rows` are those of the whole batch, `share` is this process's part."""
@@ -133,6 +134,13 @@ class Collector:
         with torch.autocast(tokens.device.type, enabled=False):
             scaled = tokens * weight.reshape(-1, 1).float()
             known.gram.add_((tokens.T @ scaled).cpu())
+
+    def average(self) -> None:
+        """Weighted Gram matrices become means over the rows, so that tr(D G D^T) is the expected relative error of an
+        output."""
+        for value in self.inputs.values() if self.weighed else ():
+            if value.gram is not None:
+                value.gram.div_(self.weighed)
 
     def _quota(self) -> int:
         return -(-self.settings.reservoir // self.settings.buckets)

@@ -18,12 +18,14 @@ from .conditions import Conditions
 from .statistics import Statistics, flatten, unflatten
 
 TENSORS, META = "statistics.safetensors", "statistics.json"
+VERSION = 2  # of what the numbers mean; raise it to have statistics gathered anew
 
 
 def fingerprint(model: str, scheduler: Any, conditions: Conditions, settings: CalibrationSettings) -> dict[str, Any]:
     """What decides the statistics, by field."""
     config = {k: v for k, v in dict(scheduler.config).items() if isinstance(v, (str, int, float, bool, type(None)))}
     return {
+        "version": VERSION,
         "model": model,
         "scheduler": {"class": type(scheduler).__name__, **config},
         "conditions": conditions.digest,

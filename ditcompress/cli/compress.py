@@ -154,7 +154,7 @@ def _show_result(result: QuantizeResult, recipe: str) -> None:
     print_table(f"quantized with {recipe}", ["role", "linears", "weights", "bits", "stored"], rows)
     if result.plan.curve:
         points = [[f"{p.bits:.2f}", f"{p.predicted_db:.1f}", "this one" if p.chosen else ""] for p in result.plan.curve]
-        print_table("trade-off", ["bits", "predicted dB (rounding to nearest)", ""], points)
+        print_table("trade-off", ["bits", "predicted dB", ""], points)
     if result.measured_db is not None:
         print_text(f"output SQNR on held-out inputs: {result.measured_db:.2f} dB")
     ratio = result.original_bytes / max(result.bytes, 1)

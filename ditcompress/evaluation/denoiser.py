@@ -48,8 +48,11 @@ def probed_steps(total: int, wanted: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(wanted, total))})
 
 
-def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> dict[str, Probe]:
-    """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch.
+def probe(
+    subject: Subject, reporter: Reporter, ranks: Ranks = ALONE, *, brief: bool = False
+) -> dict[str, Probe]:  # fmt: skip
+    """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch;
+    `brief`: of the conditional branch alone, without the comparison with neighbouring timesteps.
 
     Of several processes each runs its images of every batch, and the first one has the result (the others: nothing)."""
     settings = subject.settings
@@ -57,7 +60,7 @@ def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> dict[st
     times, weights = sampler_weights(subject.scheduler, settings.steps, ready)
     chosen = probed_steps(len(times), settings.timesteps)
     images = max(1, math.ceil(settings.inputs / len(chosen)))
-    branches = ["cond"] + (["null"] if subject.conditions.null is not None else [])
+    branches = ["cond"] + (["null"] if subject.conditions.null is not None and not brief else [])
     tables: list[Tensor] = []  # a batch each: (inputs, branches, steps, 7)
     with reporter.task("denoiser (T2)", images) as advance:
         size = subject.sampling().batch
@@ -65,7 +68,7 @@ def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> dict[st
             indices = list(range(start, min(start + size, images)))
             with ranks.together():
                 own = ranks.own(indices)
-                made = _of_images(subject, own, chosen, branches) if own else None
+                made = _of_images(subject, own, chosen, branches, 0 if brief else SHIFTED) if own else None
             table = ranks.undealt(made)
             if table is not None:
                 tables.append(table)
@@ -84,8 +87,11 @@ def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> dict[st
     }
 
 
-def _of_images(subject: Subject, indices: list[int], chosen: list[int], branches: list[str]) -> Tensor:
-    """(inputs, branches, steps, 7) on the CPU: the columns of `_errors` and, for the first images, of `_shifted`."""
+def _of_images(
+    subject: Subject, indices: list[int], chosen: list[int], branches: list[str], shifted: int
+) -> Tensor:  # fmt: skip
+    """(inputs, branches, steps, 7) on the CPU: the columns of `_errors` and, for the images below `shifted`, of
+    `_shifted`."""
     records: dict[int, StepRecord] = {}
 
     def keep(record: StepRecord) -> None:
@@ -93,7 +99,7 @@ def _of_images(subject: Subject, indices: list[int], chosen: list[int], branches
             records[record.index] = record
 
     subject.sample(subject.original, indices, on_step=keep)
-    few = [index for index in indices if index < SHIFTED]
+    few = [index for index in indices if index < shifted]
     table = torch.full((len(indices), len(branches), len(chosen), 7), math.nan, dtype=torch.float64)
     for step, number in enumerate(chosen):
         for place, branch in enumerate(branches):

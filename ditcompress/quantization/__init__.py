@@ -14,7 +14,7 @@ from ..formats.base import stackable
 from ..models.base import Layout
 from ..plan import LayerDecision, Plan
 from ._runner import Runner
-from .base import CPU, Encoded, Group, Layer, range_scale, registry, step_module, validated
+from .base import CPU, Encoded, Group, Layer, encoder_of, range_scale, registry, step_module, validated
 
 __all__ = ["RecipeSteps", "check_plan", "choose", "needs", "registry"]
 
@@ -53,7 +53,7 @@ class RecipeSteps:
     def alike(self, decision: LayerDecision, shape: tuple[int, int]) -> Hashable | None:
         """What weights have in common that one call of the encoder's `encode_many` may take; None for one that is
         encoded alone."""
-        step = _encoder(decision)
+        step = encoder_of(decision)
         together = hasattr(registry.get(step.name), "encode_many") and decision.site not in self.tuned
         if not together or not stackable(decision.weight, shape[0]):
             return None
@@ -63,7 +63,7 @@ class RecipeSteps:
         """The stored forms of one linear, or of some that are `alike`."""
         if len(linears) == 1:
             return [self.encode(linears[0])]
-        module, params = step_module(_encoder(linears[0].decision))
+        module, params = step_module(encoder_of(linears[0].decision))
         layers = [self._layer(linear) for linear in linears]
         return [encoded.to(CPU) for encoded in module.encode_many(layers, params)]
 
@@ -71,7 +71,7 @@ class RecipeSteps:
         """The stored form of one weight: what training has found, else by the step that encodes."""
         if linear.decision.site in self.tuned:
             return self.tuned[linear.decision.site]
-        module, params = step_module(_encoder(linear.decision))
+        module, params = step_module(encoder_of(linear.decision))
         return module.encode(self._layer(linear), params).to(CPU)
 
     def _layer(self, linear: Linear) -> Layer:
@@ -132,21 +132,14 @@ class _BySite(Mapping[str, Any]):
         return len(self.keys_of)
 
 
-def _encoder(decision: LayerDecision) -> Any:
-    for step in decision.steps:
-        if hasattr(registry.get(step.name), "encode"):
-            return step
-    raise DitcompressError("E202", decision.reason, "no step encodes the weight", "add rtn or gptq to its steps")
-
-
 def check_plan(plan: Plan) -> None:
     """Every format, step and parameter of the plan is known and valid; E201 or E202 before any work is done."""
     for decision in plan.layers:
         validated(resolve_format(decision), decision.weight.params, f"format {decision.weight.format}")
         for step in decision.steps:
             step_module(step)
-        _encoder(decision)
-        if decision.rank and not getattr(registry.get(_encoder(decision).name), "LOW_RANK", False):
+        encoder_of(decision)
+        if decision.rank and not getattr(registry.get(encoder_of(decision).name), "LOW_RANK", False):
             able = [name for name in registry.names() if getattr(registry.get(name), "LOW_RANK", False)]
             raise DitcompressError(
                 "E202", decision.reason, "rank needs a step that fits low-rank parts", f"use {' or '.join(able)}"

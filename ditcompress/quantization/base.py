@@ -170,6 +170,14 @@ def step_module(step: StepSpec) -> tuple[ModuleType, StrictParams]:
     return module, validated(module, step.params, f"step {step.name}")
 
 
+def encoder_of(decision: LayerDecision) -> StepSpec:
+    """The step that rounds the weight; E202 where none does."""
+    for step in decision.steps:
+        if hasattr(registry.get(step.name), "encode"):
+            return step
+    raise DitcompressError("E202", decision.reason, "no step encodes the weight", "add rtn or gptq to its steps")
+
+
 def validated(module: ModuleType, params: Any, where: str) -> Any:
     """`params` by the module's own model; E202 with the nearest name for an unknown key."""
     from pydantic import ValidationError

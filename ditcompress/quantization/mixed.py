@@ -4,7 +4,9 @@ The damage of a stored form is tr((W - Q) H (W - Q)^T) with rounding to nearest;
 sensitivity (calibration weighting "fisher"), so damages of different layers can be compared and added: their sum is
 the expected relative error of the output. Which forms a linear may take is said by `widths` (other widths of its own
 format) or `options` (any format, group and rank). `mean over all planned weights <= target_bits` holds for what is
-stored, scales, zeros, factors and signs included. The choice is data: it is in the plan and the manifest.
+stored, scales, zeros, factors and signs included. What is predicted of a budget is that damage times the share of it
+that the step which rounds leaves, as measured on a few linears of the choice. The choice is data: it is in the plan and
+the manifest.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ..hadamard import signs
 from ..measures import ratio_db
 from ..plan import LayerDecision, Plan, TradeOff, WeightSpec
 from ..runtime.scheme import Scheme
+from ._gain import gain
 from ._knapsack import Choice, Point, hull, path
 from ._low_rank import low_rank
 from ._rounding import damped, objective
@@ -30,6 +33,7 @@ from .base import Layer
 
 NEEDS = ("gram",)
 MOST = 2**18  # values of a weight that its costs are measured on
+HEADROOM_DB = 4.0  # what was measured lay 2 to 5 dB below what was predicted; doing it again costs more than bits
 
 
 class Option(StrictParams):
@@ -41,11 +45,13 @@ class Option(StrictParams):
 
 class Params(StrictParams):
     """`target_bits`: mean stored bits per planned weight; `target_db`: the least output SQNR that the statistics must
-    predict, in place of a number of bits; `widths`: bits of the own format that a layer may get; `options`: other
-    stored forms that it may get."""
+    predict, in place of a number of bits; `share`: the part of rounding to nearest's damage that is known to remain
+    (None: estimated on a few linears of the choice); `widths`: bits of the own format that a layer may get; `options`:
+    other stored forms that it may get."""
 
     target_bits: float = Field(4.65, gt=1, le=16)
     target_db: float | None = Field(None, gt=0, le=200)
+    share: float | None = Field(None, gt=0)
     widths: tuple[int, ...] = (5, 6, 8)
     options: tuple[Option, ...] = ()
 
@@ -106,24 +112,51 @@ def choose(
     whose steps name `mixed` may change. E202 names the nearest target where none meets it."""
     table, weights = choices(decisions, read, statistics, params)
     points = path(table)
+
+    def gain_at(point: Point) -> float:
+        chosen = [choices[place] for choices, place in zip(table, point.places, strict=True)]
+        return gain(chosen, read, statistics, rounding_cost)
+
     if params.target_db is None:
         found = path(table, params.target_bits * weights)[-1]
         reachable = found.bits <= params.target_bits * weights
         target, nearest = f"{params.target_bits:g} bits", f"{points[0].bits / weights:.2f} bits"
+        share = gain_at(found) if reachable else 1.0
     else:
-        enough = [p for p in points if ratio_db(p.cost) >= params.target_db]
-        found, reachable = (enough or points[-1:])[0], bool(enough)
-        target, nearest = f"{params.target_db:g} dB", f"{ratio_db(points[-1].cost):.1f} dB"
+        found, share, reachable = _reaching(params.target_db, points, gain_at, params.share)
+        target, nearest = f"{params.target_db:g} dB", f"{ratio_db(found.cost * share):.1f} dB"
     if not reachable:
         raise DitcompressError("E202", "mixed", f"no choice of formats meets {target}", f"the nearest is {nearest}")
     layers = [forms[place].decision for forms, place in zip(table, found.places, strict=True)]
-    return Plan(tuple(layers), _curve([*points[:: max(1, len(points) // 16)], points[-1]], found, weights))
+    return Plan(tuple(layers), _curve([*points[:: max(1, len(points) // 16)], points[-1]], found, weights, share))
 
 
-def _curve(points: Sequence[Point], found: Point, weights: int) -> tuple[TradeOff, ...]:
+def _reaching(
+    target: float, points: Sequence[Point], gain_at: Callable[[Point], float], known: float | None
+) -> tuple[Point, float, bool]:
+    """The cheapest point of the predicted dB, the share of its damage that the encoders leave, and whether it does
+    reach; else the last point, which does where the share is `known`: it was asked for after a measurement. The point
+    follows from the share and the share from the point, so it is found twice."""
+
+    def cheapest(share: float, headroom: float = HEADROOM_DB) -> Point:
+        return next((p for p in points if ratio_db(p.cost * share) >= target + headroom), points[-1])
+
+    if known is not None:
+        return cheapest(known, 0), known, True
+    found = cheapest(1.0)
+    for _ in range(2):
+        share = gain_at(found)
+        found = cheapest(share)
+    return found, share, ratio_db(found.cost * share) >= target
+
+
+def _curve(points: Sequence[Point], found: Point, weights: int, share: float) -> tuple[TradeOff, ...]:
     """Some points of the path and the chosen one, by falling budget."""
-    known = {(p.bits, p.cost): TradeOff(p.bits / weights, ratio_db(p.cost)) for p in points}
-    known[(found.bits, found.cost)] = TradeOff(found.bits / weights, ratio_db(found.cost), chosen=True)
+
+    def at(point: Point) -> TradeOff:
+        return TradeOff(point.bits / weights, ratio_db(point.cost * share), ratio_db(point.cost), chosen=point is found)
+
+    known = {(p.bits, p.cost): at(p) for p in (*points, found)}
     return tuple(known[key] for key in sorted(known))
 
 

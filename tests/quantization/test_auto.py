@@ -33,9 +33,11 @@ def test_the_budget_holds_for_what_is_stored_and_the_curve_rises(auto: Any) -> N
     assert len({(d.weight.params["bits"], d.weight.params.get("group")) for d in auto.plan.layers}) > 3
 
 
-def test_the_verification_pass_measures_at_least_what_rounding_to_nearest_predicts(auto: Any) -> None:
+def test_the_verification_pass_measures_about_what_is_predicted(auto: Any) -> None:
     (chosen,) = [p for p in auto.plan.curve if p.chosen]
-    assert auto.measured_db > chosen.predicted_db - 3
+    # four images: GPTQ fits their few tokens better than those of others
+    assert chosen.nearest_db - 6 < auto.measured_db < chosen.predicted_db + 3
+    assert chosen.predicted_db > chosen.nearest_db + 1  # GPTQ leaves less than rounding to nearest
 
 
 def test_a_size_is_kept(tmp_path: Path) -> None:
@@ -45,8 +47,8 @@ def test_a_size_is_kept(tmp_path: Path) -> None:
 
 def test_a_db_target_is_met_by_the_measurement(tmp_path: Path) -> None:
     result = api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=FEW, target_db=20.0, device="cpu")
-    assert result.measured_db is not None and result.measured_db >= 20
-    assert result.bits < 5
+    assert result.measured_db is not None and 20 <= result.measured_db < 25
+    assert result.bits < 3
 
 
 @pytest.mark.parametrize(
