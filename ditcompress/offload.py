@@ -108,6 +108,7 @@ class Parts(Mapping[str, Tensor]):
                 self.names[name] = owners.get(copy, copy) + name[len(copy) :]
         self.kept = {name: weights.stored(name) for name in dict.fromkeys(self.names.values()) if kept}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.changed: dict[str, Tensor] = {}  # values that stand for those of the checkpoint
         self.watched: dict[int, tuple[StorageWeakRef, str]] | None = None  # storages handed out, while that matters
 
     def header(self, name: str) -> Tensor:
@@ -118,7 +119,10 @@ class Parts(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.names[name]  # KeyError for others: accelerate asks for names that may not be there
-        value = self.weights.cast(stored, self.kept[stored]) if stored in self.kept else self.weights[stored]
+        if name in self.changed:
+            value = self.changed[name]
+        else:
+            value = self.weights.cast(stored, self.kept[stored]) if stored in self.kept else self.weights[stored]
         value = value.to(self.device)
         if self.watched is not None:
             storage = value.untyped_storage()
@@ -177,6 +181,49 @@ def loaded(model: nn.Module, path: str, deep: bool = True) -> Iterator[nn.Module
                 hook.pre_forward(part)
                 stack.callback(hook.post_forward, part, None)
         yield module
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A tensor of the model by name, on the CPU; of an offloaded block it is read."""
+    path, _, leaf = name.rpartition(".")
+    with loaded(model, path, deep=False) as module:
+        tensor: Tensor = getattr(module, leaf)
+        return tensor.detach().cpu()
+
+
+@contextmanager
+def rewritten(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other values of some of its tensors inside; the old ones are put back. Those of offloaded blocks
+    are kept in memory meanwhile."""
+    parts: Parts | None = getattr(model, ATTRIBUTE, None)
+    state = model.state_dict()
+    stored = {} if parts is None else {name: _stored_name(model, name) for name in tensors if state[name].is_meta}
+    old = {name: state[name].clone() for name in tensors if name not in stored}
+    before = {} if parts is None else dict(parts.changed)
+    try:
+        for name, tensor in tensors.items():
+            if parts is not None and name in stored:
+                parts.changed[stored[name]] = tensor.to(state[name].dtype)
+            else:
+                state[name].copy_(tensor)
+        yield
+    finally:
+        for name, tensor in old.items():
+            state[name].copy_(tensor)
+        if parts is not None:
+            parts.changed = before
+
+
+def _stored_name(model: nn.Module, name: str) -> str:
+    """What an offloaded tensor was called when the model was placed: blocks may have been renumbered since."""
+    path, rest = name, ""
+    while path:
+        path, _, leaf = path.rpartition(".")
+        rest = f"{leaf}.{rest}".rstrip(".")
+        hook: Any = getattr(model.get_submodule(path), "_hf_hook", None)
+        if hook is not None:
+            return f"{hook.weights_map.prefix}{rest}"
+    raise KeyError(name)
 
 
 def device_of(model: nn.Module) -> torch.device:

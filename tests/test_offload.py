@@ -17,7 +17,7 @@ from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
 from ditcompress.loading import load_model
 from ditcompress.models import registry
-from ditcompress.offload import ATTRIBUTE, load_to_run, loaded
+from ditcompress.offload import ATTRIBUTE, load_to_run, loaded, rewritten, tensor_of
 from ditcompress.pruning import registry as methods
 from ditcompress.structure import without_blocks
 
@@ -141,11 +141,44 @@ def test_commands_give_the_same_result(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(("method", "way"), [("magnitude", "disk"), ("udfc", "cpu"), ("obs-diff", "disk")])
+def test_width_gives_the_same_result(method: str, way: str, tmp_path: Path) -> None:
+    """After a block has gone, so that the offloaded ones have other names than in the file."""
+    settings = [] if method != "obs-diff" else ["samples=2", "steps=2"]
+    given: dict[str, Any] = {"ratio": 1 / 12, "method": "random", "width_ratio": 0.3, "width_method": method}
+    results = [
+        api.prune(digits_folder(), out=tmp_path / how, offload=how, width_overrides=settings, **given)
+        for how in ("none", way)
+    ]
+    assert results[0].facts == results[1].facts
+    assert (results[0].facts["width"]["output_sqnr_db"] is not None) == (method == "obs-diff")
+    weights = [(r.path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() for r in results if r.path]
+    assert weights[0] == weights[1]
+
+
+def test_rewritten_tensors_of_an_offloaded_block_run_and_are_put_back() -> None:
+    name = "transformer_blocks.1.ff.net.2.weight"
+    resident, offloaded = models(digits_folder() / "transformer")
+    given = inputs("dit", resident)
+    before = run("dit", offloaded, given)
+    new = {name: torch.zeros_like(resident.get_parameter(name))}
+    with rewritten(resident, new), rewritten(offloaded, new):
+        assert torch.equal(run("dit", resident, given), run("dit", offloaded, given))
+        assert torch.equal(tensor_of(offloaded, name), new[name])
+        assert not torch.equal(run("dit", offloaded, given), before)
+    assert torch.equal(run("dit", offloaded, given), before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"offload": "gpu"}, r"E203 bad-option\]: --offload gpu: is not known; use none, cpu, disk"),
         ({"offload": "disk", "method": "tinyfusion"}, r"E203 bad-option\]: --offload disk: tinyfusion trains"),
+        ({"offload": "disk", "method": "prune-best"}, r"E203 bad-option\]: --offload disk: prune-best"),
+        (
+            {"offload": "cpu", "width_ratio": 0.5, "width_method": "ecodiff", "method": "random"},
+            "--offload cpu: ecodiff",
+        ),
         ({"offload": "cpu", "by": "latency"}, r"E203 bad-option\]: --offload cpu: --by latency would time"),
     ],
 )

@@ -59,6 +59,12 @@ class Width:
         """Whether a killed run has something to go on from."""
         return self.ratio is not None and bool({"sampler", "journal"} & {*self.module.NEEDS})
 
+    @property
+    def streams(self) -> bool:
+        """Whether it works on a model whose blocks are read while they run."""
+        makes = hasattr(self.module, "linear") or hasattr(self.module, "text")
+        return self.ratio is None or not (makes or "sampler" in self.module.NEEDS)
+
     def check(self, layout: Layout) -> None:
         """E203 where a whole axis would go, by the table of the whole model."""
         if self.ratio is None or hasattr(self.module, "linear") or hasattr(self.module, "text"):

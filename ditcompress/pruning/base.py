@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +39,7 @@ from ..formats.base import StrictParams
 from ..models import Depth
 from ..models._table import block_of
 from ..models.base import Layout
-from ..offload import device_of
+from ..offload import device_of, rewritten
 from ..registry import Registry, nearest
 from ..structure import without_blocks
 
@@ -158,18 +158,9 @@ class Context:
             )
         return noise, signal
 
-    @contextmanager
-    def rewritten(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The model with other values of some of its tensors inside; the old ones are put back."""
-        state = self.model.state_dict()
-        old = {name: state[name].clone() for name in tensors}
-        try:
-            for name, tensor in tensors.items():
-                state[name].copy_(tensor)
-            yield
-        finally:
-            for name, tensor in old.items():
-                state[name].copy_(tensor)
+    def rewritten(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The model with other values of some of its tensors inside."""
+        return rewritten(self.model, tensors)
 
     def damage(self, units: Collection[str], tensors: Mapping[str, Tensor] | None = None) -> float:
         """Share of the prediction's energy that is wrong without `units` (and with `tensors` rewritten), weighted as

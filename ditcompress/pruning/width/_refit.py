@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...calibration.sensitivity import token_weights
 from ...models.base import Axis, Layout, Site
+from ...offload import device_of, loaded
 from ...structure import narrow_index, readers
 from ...surgeon import refitted
 from ..base import Probe, ProbeParams
@@ -115,7 +116,7 @@ def grams(
 
 def _weighed(context: Context, alone: Layout, probe: Probe, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(reader, input, token weights) of one backward pass; `alone`: a layout in which no two readers share an input."""
-    device = next(context.model.parameters()).device
+    device = device_of(context.model)
     latents, timestep = probe.latents.to(device), probe.timestep.to(device)
     seen = token_weights(context.model, context.adapter, alone, latents, timestep, probe.cond, seed)
     for site in alone.sites:
@@ -150,8 +151,8 @@ def refit(
     for name, index in kept_columns(context, kept).items():
         if name not in found:  # it never ran
             continue
-        module = context.model.get_submodule(name)
-        target = augmented(module)
+        with loaded(context.model, name, deep=False) as module:
+            target = augmented(module)
         columns = index.to(target.device)
         size = int(module.weight.shape[1])  # type: ignore[index, union-attr, arg-type]
         if target.shape[1] > size:

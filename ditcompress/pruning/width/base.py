@@ -29,6 +29,7 @@ from ...calibration.conditions import Conditions
 from ...formats.base import StrictParams
 from ...linear_ffn import standing_in
 from ...models.base import Axis, Layout
+from ...offload import tensor_of
 from ...registry import Registry
 from ...structure import narrow_index, readers, spans
 from ...text_stream import Group, text_replaced
@@ -60,8 +61,7 @@ class Context(depth.Context):
 
     def read(self, name: str) -> Tensor:
         """A tensor of the model by name, on the CPU."""
-        tensor: Tensor = self.model.state_dict()[name]
-        return tensor.detach().cpu()
+        return tensor_of(self.model, name)
 
 
 @dataclass(frozen=True)

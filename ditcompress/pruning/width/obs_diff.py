@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...models.base import Axis
+from ...offload import loaded
 from ...surgeon import Surgeon, turns
 from ..base import Probe
 from ._axes import count_of
@@ -96,6 +97,9 @@ def reader_grams(context: Context, axes: Sequence[Axis], weighting: Weighting) -
 def removal(context: Context, axis: Axis, found: Mapping[str, Tensor], damp: float, rounds: int) -> Tensor:
     """Scores (units,) of one axis: the error of each unit in the greedy order, the last that is left infinite."""
     count, size = count_of(axis), axis.unit_size
-    parts = [Surgeon(augmented(context.model.get_submodule(name)), found[name], damp, start)
-             for name, start, _ in places(context.layout, axis) if name in found]  # fmt: skip
+    parts = []
+    for name, start, _ in places(context.layout, axis):
+        if name in found:
+            with loaded(context.model, name, deep=False) as module:
+                parts.append(Surgeon(augmented(module), found[name], damp, start))
     return turns(parts, count, size, 1 if size > 1 else max(1, count // rounds))
