@@ -18,12 +18,12 @@ import functools
 import torch
 from torch import Tensor
 
-from ...plan import ActivationSpec
 from ..activation import quantize_token, quantize_token_asymmetric
 from ..fused import Fused
 from ..scheme import Scheme
 from ._integers import integers
 from ._integers import prepare as prepare
+from ._shared import Latest, rounded_once
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
@@ -69,8 +69,7 @@ def supports(scheme: Scheme, device: str) -> bool:
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
     holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
-    x = layer.transformed(x)
-    flat, scales, zeros = _tokens(x.reshape(-1, layer.in_features), layer.scheme.activation)
+    x, (flat, scales, zeros) = rounded_once(_latest, layer, x, _tokens)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
     size = PART if decodes else layer.out_features
@@ -110,9 +109,11 @@ def _scale(
 
 
 _scaled, _symmetric, _asymmetric = Fused(_scale), Fused(quantize_token), Fused(quantize_token_asymmetric)
+_latest = Latest()
 
 
-def _tokens(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (tokens, in), scales and zeros (tokens, 1) of x (tokens, in): two dimensions always, or each number of them
+def _tokens(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (tokens, in), scales and zeros (tokens, 1) of x (..., in): two dimensions always, or each number of them
     would be compiled for itself."""
+    spec, x = layer.scheme.activation, x.reshape(-1, layer.in_features)
     return (*_symmetric(x, spec.bits), None) if spec.symmetric else _asymmetric(x, spec.bits)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..activation import fake_quantize
 from ..scheme import Scheme
+from ._shared import Latest, rounded_once
 from .base import Layer, Made, finished
 
+_latest = Latest()
 SAYS = "decoded to floating point, product in the input's type"
 
 
@@ -37,8 +39,7 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    x = layer.transformed(x)
-    rounded = on_grid(layer, x).to(dtype)
+    x, rounded = rounded_once(_latest, layer, x, lambda layer, x: on_grid(layer, x).to(dtype), dtype)
     weight = made or decoded(layer, dtype)
     y = torch.nn.functional.linear(rounded, weight["weight"])
     if "scale" in weight:
