@@ -32,6 +32,7 @@ from ..registry import Registry, nearest
 registry = Registry("ditcompress.quantization", "step", ("Params", "NEEDS"))
 
 CPU = torch.device("cpu")
+WIDE = 2048  # columns above which a Gram matrix is transformed in the float32 that it is kept in
 
 
 class InputStatistics(Protocol):
@@ -87,14 +88,14 @@ class Layer:
         gram = need(self.statistics, self.name).gram
         if gram is None:
             raise DitcompressError("E331", self.name, "its Gram matrix was not gathered", "calibrate for this recipe")
-        gram = gram.double()
+        gram = gram if len(gram) > WIDE else gram.double()
         if self.smooth is not None:
-            inverse = 1 / self.smooth.double()
+            inverse = 1 / self.smooth.to(gram)
             gram = gram * inverse[:, None] * inverse[None, :]
         if self.sign is not None:
-            half = rotate(gram, self.sign.double(), self.decision.rotate)
-            gram = rotate(half.t(), self.sign.double(), self.decision.rotate)
-        return gram
+            half = rotate(gram, self.sign, self.decision.rotate)
+            gram = rotate(half.t(), self.sign, self.decision.rotate)
+        return gram.double()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..formats.base import StrictParams, resolve
 from ._low_rank import low_rank
-from ._rounding import alternate, damped, descend, gptq, objective, stacked, take
+from ._rounding import alternate, damped, descend, excess, gptq, objective, stacked, take
 from .base import Encoded, Layer, pack
 
 NEEDS = ("gram",)
@@ -97,7 +97,6 @@ def rounded(weight: Tensor, hessian: Tensor, layers: Sequence[Layer], params: Pa
         codes, grids = alternate(weight, codes, hessian, grids, fmt, format_params, params.refit, params.sweeps)
         grid = stacked(grids, fmt, shape)
     nearest = fmt.code(weight, grid, format_params)
-    worse = objective(weight, fmt.value(codes, grid, format_params), hessian) > objective(
-        weight, fmt.value(nearest, grid, format_params), hessian
-    )
+    values, plain = (fmt.value(some, grid, format_params) for some in (codes, nearest))
+    worse = excess(weight, values, plain, hessian) > 0
     return torch.where(worse[:, None], nearest, codes), grids

@@ -68,6 +68,23 @@ def test_gptq_equals_the_textbook_loop() -> None:
     assert (found == expected).double().mean() > 0.99  # ties may fall either way in the last digit
 
 
+def test_the_inverse_factor_by_halves_is_that_of_the_inverse() -> None:
+    """Oracle: the Cholesky factor of the explicit inverse, above the order that is inverted directly."""
+    tokens = torch.randn(900, 2 * _rounding.HALVED + 83, dtype=torch.float64, generator=torch.manual_seed(0))
+    hessian = _rounding.damped(tokens.T @ tokens, 0.01, "x")
+    factor = _rounding.inverse_factor(hessian, "x")
+    torch.testing.assert_close(factor, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True))
+    singular = torch.ones(600, 600, dtype=torch.float64)  # is raised until it has a factor
+    assert torch.isfinite(_rounding.inverse_factor(singular, "x")).all()
+
+
+def test_excess_is_the_difference_of_two_objectives() -> None:
+    weight, gram = problem()
+    first, second = weight.round(decimals=1), weight.round(decimals=0)
+    one, other = (_rounding.objective(weight, q, gram.double()) for q in (first, second))
+    torch.testing.assert_close(_rounding.excess(weight, first, second, gram.double()), one - other)
+
+
 def test_a_dead_channel_and_a_singular_gram_are_survived() -> None:
     weight, gram = problem()
     gram[5], gram[:, 5] = 0, 0
