@@ -28,6 +28,8 @@ class LayerRecord:
     reason: str
 
 
+VERSION = 2  # of the files; an interrupted run of another one begins anew
+
 # the tensors of a block (or of what stands outside of them), its records, and each site's scheme
 Unit = tuple[dict[str, Tensor], list[LayerRecord], dict[str, dict[str, Any]]]
 

@@ -20,12 +20,13 @@ from .. import engine
 from ..calibration.collect import collect
 from ..calibration.schedulers import load_scheduler
 from ..calibration.statistics import Statistics
-from ..calibration.store import VERSION, load_statistics
+from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent, speaks
 from ..errors import DitcompressError
+from ..journal import VERSION as JOURNAL
 from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
 from ..models import adapter_for, build_meta
 from ..models.base import Layout
@@ -90,6 +91,7 @@ class _Job:
     max_shard_bytes: int
     reporter: Reporter
     ranks: Ranks
+    attempt: int = 1  # at a budget in dB
 
 
 def quantize(
@@ -119,9 +121,9 @@ def quantize(
     Statistics are taken from `statistics` (a folder or an object), else from the cache, else gathered; a recipe
     that needs none gathers none. A pipeline folder gives a pipeline folder. A target replaces the budget of a recipe
     with the step `mixed`: mean stored bits of the quantized weights, bytes of the file ("6GB"), or dB of the output,
-    for which the result is measured, and made once more when it falls short. `offload` "cpu" or "disk" bounds the
-    memory of the calibration by the largest linear; what runs the whole model otherwise is refused then. Under
-    `accelerate launch` the other processes help to calibrate and end; theirs is a result without records.
+    for which the result is measured, and made again, twice at most, when it falls short. `offload` "cpu" or "disk"
+    bounds the memory of the calibration by the largest linear; what runs the whole model otherwise is refused then.
+    Under `accelerate launch` the other processes help to calibrate and end; theirs is a result without records.
     """
     reporter = reporter if reporter and speaks() else Silent()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -179,10 +181,18 @@ def _verified(
         share = 10 ** ((point.nearest_db - found) / 10)
         more = point.predicted_db - found if tries > 1 else 0.0  # the share itself depends on the bits
         again = retarget(recipe, target_db=target_db + MARGIN_DB + more, share=share)
-        result = _write(replace(job, overwrite=True), again, checkpoint, layout, checked_plan(again, layout))
-        found, tries = measure(), tries + 1
+        tries += 1
+        next_job = replace(job, overwrite=True, attempt=tries)
+        try:
+            result = _write(next_job, again, checkpoint, layout, checked_plan(again, layout))
+        except DitcompressError as error:
+            if error.code != "E202":
+                raise
+            tries, again = TRIES, retarget(recipe, target_bits=16.0, target_db=None, share=share)  # the best there is
+            result = _write(next_job, again, checkpoint, layout, checked_plan(again, layout))
+        found = measure()
     if target_db is not None and found < target_db:
-        job.reporter.note(f"{found:.1f} dB is the nearest to {target_db:g} dB that was reached")
+        job.reporter.note(f"{target_db:g} dB were not reached in {tries} tries; the last gave {found:.1f} dB")
     return replace(result, measured_db=found)
 
 
@@ -217,8 +227,9 @@ def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, pl
             plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None, device)
             marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
                      "device": str(device), "torch": torch.__version__,
-                     "statistics": "" if found is None else found.digest}  # fmt: skip
-            journal = work_folder(target, marks, restart=job.restart)
+                     "statistics": "" if found is None else found.digest, "journal": JOURNAL}  # fmt: skip
+            place = target if job.attempt == 1 else target.with_name(f"{target.name}.try-{job.attempt}")
+            journal = work_folder(place, marks, restart=job.restart)
             tuned = Tuned({}, {})
             if by is not None and trained:
                 tuned = tune(
@@ -310,9 +321,6 @@ def _given(statistics: str | Path | Statistics | None, checkpoint: Checkpoint) -
     found = load_statistics(Path(statistics))
     if found.meta.get("model") not in (None, checkpoint.fingerprint):
         what = "these statistics belong to another checkpoint"
-        raise DitcompressError("E331", statistics, what, "calibrate this one")
-    if found.meta.get("version", VERSION) != VERSION:
-        what = "these statistics were made by another version of ditcompress"
         raise DitcompressError("E331", statistics, what, "calibrate this one")
     return found
 

@@ -50,7 +50,9 @@ def with_target(
             raise DitcompressError(
                 "E203", f"--target-{name}", f"{value:g} is not within {least} to {most}", "change it"
             )
-    return retarget(recipe, target_bits=bits) if db is None else retarget(recipe, target_db=db)
+    if db is None:
+        return retarget(recipe, target_bits=bits, target_db=None, share=None)
+    return retarget(recipe, target_db=db, share=None)
 
 
 def retarget(recipe: Recipe, **params: Any) -> Recipe:

@@ -242,6 +242,7 @@ class _Run:
         self.ranks = ALONE  # one process fills in what is missing
         self.collector.average()
         self.complete()
+        counted = {key for key, value in self.collector.inputs.items() if value.gram is not None and value.gram.any()}
         fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}
@@ -250,6 +251,8 @@ class _Run:
         ) in inputs.values():  # buckets that no step fell into have an empty range: take the nearest that has one
             _fill_empty(value)
             _fill_unread(value)
+        if self.settings.weighting == "fisher":
+            _make_negligible(inputs, counted)
         return Statistics(inputs, blocks, self.meta())
 
     def meta(self) -> dict[str, Any]:
@@ -313,6 +316,16 @@ def _fill_unread(value: InputStatistics) -> None:
     matrix becomes that of the tokens themselves: a linear that counts for nothing is still rounded."""
     if value.gram is not None and not bool(value.gram.any()):
         value.gram.copy_(value.reservoir.T @ value.reservoir)
+
+
+def _make_negligible(inputs: Mapping[str, InputStatistics], counted: set[str]) -> None:
+    """Gram matrices that were filled in are not weighted: of their own scale they would seem to matter more than all
+    others, where the output does not depend on them or seldom does."""
+    least = min((float(inputs[key].gram.trace()) for key in counted), default=1.0)  # type: ignore[union-attr]
+    for key in inputs.keys() - counted:
+        gram = inputs[key].gram
+        if gram is not None and gram.any():
+            gram.mul_(1e-6 * least / float(gram.trace()))
 
 
 def _fill_empty(value: InputStatistics) -> None:

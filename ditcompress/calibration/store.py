@@ -38,7 +38,7 @@ def fingerprint(model: str, scheduler: Any, conditions: Conditions, settings: Ca
 def save_statistics(folder: Path, statistics: Statistics) -> None:
     """Write both files into `folder`; equal statistics give equal bytes."""
     save_atomic(folder / TENSORS, flatten(statistics))
-    (folder / META).write_text(json.dumps(statistics.meta, indent=2, sort_keys=True) + "\n")
+    (folder / META).write_text(json.dumps({"version": VERSION, **statistics.meta}, indent=2, sort_keys=True) + "\n")
 
 
 def load_statistics(folder: Path, expected: Mapping[str, Any] | None = None) -> Statistics:
@@ -50,6 +50,8 @@ def load_statistics(folder: Path, expected: Mapping[str, Any] | None = None) -> 
         raise DitcompressError(
             "E331", folder, f"holds no whole statistics ({type(error).__name__})", "calibrate again"
         ) from None
+    if meta.get("version", 1) != VERSION:
+        raise DitcompressError("E331", folder, "made by another version of ditcompress", "calibrate again")
     for name, value in (expected or {}).items():
         if meta.get(name) != value:
             raise DitcompressError("E331", folder, f"made with another {name}", "calibrate again")

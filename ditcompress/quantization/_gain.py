@@ -17,17 +17,18 @@ from .base import Layer, encoder_of, step_module
 SAMPLE = 8  # linears
 
 
-def sampled(choices: Sequence[Choice], count: int = SAMPLE) -> list[Choice]:
-    """Up to `count` of them at even distances along the sum of their costs, so that each stands for as much damage."""
+def sampled(choices: Sequence[Choice], count: int = SAMPLE) -> list[tuple[Choice, int]]:
+    """Those at `count` even distances along the sum of their costs, with how many of these places each one has: each
+    place stands for as much damage."""
     total = sum(choice.cost for choice in choices)
-    found: list[Choice] = []
+    found: list[tuple[Choice, int]] = []
     passed, turn = 0.0, 0
     for choice in choices:
-        passed += choice.cost
-        if turn < count and passed > (turn + 0.5) / count * total:
-            found.append(choice)
-            while turn < count and passed > (turn + 0.5) / count * total:
-                turn += 1
+        passed, before = passed + choice.cost, turn
+        while turn < count and passed > (turn + 0.5) / count * total:
+            turn += 1
+        if turn > before:
+            found.append((choice, turn - before))
     return found
 
 
@@ -36,12 +37,13 @@ def gain(
 ) -> float:
     """Damage of the encoders over damage of rounding to nearest; 1 where nothing is damaged. `cost(decision, weight,
     statistics)` is the latter."""
-    ratios = []
-    for choice in sampled([c for c in choices if c.cost > 0]):
+    left, places = 0.0, 0
+    for choice, times in sampled([c for c in choices if c.cost > 0]):
         decision = choice.decision
         known, weight = statistics[decision.site], read(decision.site)
-        ratios.append(encoded_cost(decision, weight.float(), known) / cost(decision, weight, known))
-    return sum(ratios) / len(ratios) if ratios else 1.0
+        left += times * encoded_cost(decision, weight.float(), known) / cost(decision, weight, known)
+        places += times
+    return left / places if places else 1.0
 
 
 def encoded_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> float:

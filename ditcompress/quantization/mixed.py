@@ -135,14 +135,15 @@ def _reaching(
     target: float, points: Sequence[Point], gain_at: Callable[[Point], float], known: float | None
 ) -> tuple[Point, float, bool]:
     """The cheapest point of the predicted dB, the share of its damage that the encoders leave, and whether it does
-    reach; else the last point, which does where the share is `known`: it was asked for after a measurement. The point
-    follows from the share and the share from the point, so it is found twice."""
+    reach; else the last point. Unless the share is `known`, the point follows from it and it from the point, so both
+    are found twice, with some headroom."""
 
     def cheapest(share: float, headroom: float = HEADROOM_DB) -> Point:
         return next((p for p in points if ratio_db(p.cost * share) >= target + headroom), points[-1])
 
     if known is not None:
-        return cheapest(known, 0), known, True
+        found = cheapest(known, 0)
+        return found, known, ratio_db(found.cost * known) >= target
     found = cheapest(1.0)
     for _ in range(2):
         share = gain_at(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,31 @@ def test_fisher_weights_are_squared_gradients_of_the_relative_output(setting: tu
     assert float(estimate[token]) == pytest.approx(total / site.out_features, rel=0.35)
 
 
+def test_weighted_gram_matrices_are_means_over_the_rows(setting: tuple[Any, ...]) -> None:
+    """tr(W G W^T) of a whole weight is about the relative change of the output without it: its scale has no N in it."""
+    few, many = (run(setting, replace(SETTINGS, weighting="fisher", samples=n)) for n in (1, 4))
+    ratios = [float(v.gram.trace() / many.inputs[key].gram.trace()) for key, v in few.inputs.items()]
+    assert 0.5 < torch.tensor(ratios).median() < 2  # sums would give a quarter
+
+
+def test_inputs_that_change_nothing_do_not_seem_to_matter_most() -> None:
+    """The text side of Qwen-Image's last block: its Gram matrix is filled in, and stays below all others."""
+    from ditcompress.models import registry
+
+    family = registry.get("qwen_image")
+    model = family.tiny()
+    settings = CalibrationSettings(samples=2, steps=2, weighting="fisher")
+    source = ModuleSource(model)
+    conditions = get_conditions(source, family, 2, 0)
+    found = collect(
+        model, family, model.config, family.layout(model), family.default_scheduler(model.config), conditions, settings
+    )
+    last = max(int(key.split(".")[1]) for key in found.inputs if key.startswith("transformer_blocks."))
+    traces = {key: float(value.gram.trace()) for key, value in found.inputs.items()}
+    filled = {key for key in traces if key.startswith(f"transformer_blocks.{last}.txt_mlp")}
+    assert filled and 0 < max(traces[k] for k in filled) < min(t for k, t in traces.items() if k not in filled)
+
+
 def test_a_bfloat16_pass_keeps_gram_matrices_semidefinite() -> None:
     model = dit.tiny().to(torch.bfloat16)
     conditions = get_conditions(ModuleSource(model), dit, 4, 0)
@@ -183,6 +209,10 @@ def test_statistics_are_stored_and_recognised(setting: tuple[Any, ...], tmp_path
     assert again.digest == statistics.digest and flatten(again).keys() == flatten(statistics).keys()
     with pytest.raises(DitcompressError, match=r"E331.*another model"):
         load_statistics(tmp_path / "a", {"model": "other"})
+    facts = json.loads((tmp_path / "b" / "statistics.json").read_text())
+    (tmp_path / "b" / "statistics.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "version"}))
+    with pytest.raises(DitcompressError, match=r"E331.*another version"):
+        load_statistics(tmp_path / "b")
     (tmp_path / "a" / "statistics.safetensors").write_bytes(b"cut")
     with pytest.raises(DitcompressError, match="E331"):
         load_statistics(tmp_path / "a")

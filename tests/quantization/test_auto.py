@@ -9,11 +9,21 @@ from typing import Any
 import pytest
 
 from ditcompress import api
-from ditcompress.api.target import parse_size
+from ditcompress.api import compress
+from ditcompress.api.compress import checked_plan
+from ditcompress.api.target import parse_size, retarget, with_target
 from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.evaluation.digits import digits_folder
+from ditcompress.loading import open_model
+from ditcompress.models import adapter_for
+from ditcompress.plan import LayerDecision, StepSpec, WeightSpec
+from ditcompress.quantization import mixed
+from ditcompress.quantization._gain import sampled
+from ditcompress.quantization._knapsack import Choice
+from ditcompress.recipe import load_recipe
 
+CHEAP = "rules.0.steps.1={rtn: {}}"
 FEW = ["calibration.samples=4", "calibration.steps=4", "rules.0.steps.1={gptq: {damp: 0.01}}"]
 
 
@@ -86,3 +96,52 @@ def test_fallbacks_are_said(tmp_path: Path) -> None:
 
 def test_sizes_are_read_with_their_units() -> None:
     assert [parse_size(t) for t in ("6GB", "1.5 MB", "12", "2KiB")] == [6 * 10**9, 1_500_000, 12, 2048]
+
+
+def test_a_new_budget_replaces_all_of_the_old_one() -> None:
+    recipe = retarget(load_recipe("auto"), target_db=40.0, share=0.3)
+    checkpoint, meta = open_model(digits_folder())
+    layout = adapter_for(checkpoint.config).layout(meta)
+    plan = checked_plan(recipe, layout)
+    for given, expected in (
+        ((5.0, None, None), {"target_bits": 5.0, "target_db": None, "share": None}),
+        ((None, None, 30.0), {"target_db": 30.0, "share": None}),
+    ):
+        found = with_target(recipe, checkpoint, layout, plan, *given)
+        (params,) = [step.params for rule in found.rules for step in rule.steps if step.name == "mixed"]
+        assert {name: params[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("measured", "aims", "said"),
+    [([31.0], [30.0], ""), ([20.0, 29.0, 31.0], [30.0, 30.3, 31.6], ""), ([20.0, 21.0, 22.0], [30.0], "not reached")],
+)
+def test_a_missed_target_is_aimed_at_by_what_was_measured(
+    measured: list[float], aims: list[float], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try knows the share of the damage that was left, the third also how far the second missed."""
+    left, asked = iter(measured), []
+    real = mixed.choose
+
+    def choose(decisions: Any, read: Any, statistics: Any, params: Any) -> Any:
+        asked.append((params.target_db, params.share))
+        return real(decisions, read, statistics, params)
+
+    monkeypatch.setattr(compress, "measured_db", lambda *args, **more: next(left))
+    monkeypatch.setattr(mixed, "choose", choose)
+    reporter = Silent()
+    result = api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=[*FEW, CHEAP], target_db=30.0,
+                          device="cpu", reporter=reporter)  # fmt: skip
+    assert result.measured_db == measured[-1] and len(asked) >= len(measured)
+    assert [aim for aim, _ in asked][: len(aims)] == pytest.approx(aims, abs=0.5)
+    assert asked[0][1] is None and all(share is not None for _, share in asked[1:])
+    assert any(said in note for note in reporter.notes) if said else not any("reached" in n for n in reporter.notes)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no work of a try is left
+
+
+def test_the_sample_of_the_gain_counts_a_linear_by_its_damage() -> None:
+    decision = LayerDecision("x", "qkv", WeightSpec("int", {"bits": 4}), steps=(StepSpec("rtn"),))
+    costs = [60.0, 10.0, 10.0, 10.0, 10.0]
+    found = sampled([Choice(1, cost, decision) for cost in costs])
+    assert sum(times for _, times in found) == 8
+    assert [times for choice, times in found if choice.cost == 60] == [5]

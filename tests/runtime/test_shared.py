@@ -65,6 +65,20 @@ def test_other_schemes_and_changed_inputs_are_rounded_anew() -> None:
     turned[1].rotate_sign.copy_(~turned[1].rotate_sign)  # type: ignore[operator]
     turned[0](x)
     assert torch.equal(turned[1](x), turned[1](x.clone()))
+    x.data = inputs(9, 72) * 3
+    assert torch.equal(turned[1](x), turned[1](x.clone()))
+    with torch.autocast("cpu"):
+        assert torch.equal(turned[1](x), turned[1](x.clone()))
+
+
+@torch.no_grad()
+def test_a_reloaded_layer_rounds_anew() -> None:
+    layer, other = (packed(Scheme(INT8, TOKEN, rotate=72), 40, 72) for _ in range(2))
+    other.rotate_sign.copy_(~other.rotate_sign)  # type: ignore[operator]
+    x = inputs(9, 72)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), layer(x.clone())) and torch.equal(layer(x), other(x.clone()))
 
 
 def test_nothing_is_kept_of_a_tensor_that_is_gone_or_not_followed() -> None:

@@ -47,9 +47,10 @@ class Layer(Protocol):
     def as_int8(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]: ...
 
 
-def finished(layer: Layer, y: Tensor, x: Tensor, rounded: Tensor | None, dtype: torch.dtype) -> Tensor:
+def finished(layer: Layer, y: Tensor, x: Tensor | None, rounded: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product y with the low-rank part, of the transformed input x or of its `rounded` values, and the bias."""
     if layer.scheme.rank:
+        assert x is not None
         stored = layer.stored_tensors()
         met = x.to(y.dtype) if layer.scheme.low_rank_input == "float" or rounded is None else rounded.to(y.dtype)
         down = torch.nn.functional.linear(met, stored["low_rank_down"].to(y.dtype))

@@ -23,7 +23,7 @@ from ..fused import Fused
 from ..scheme import Scheme
 from ._integers import integers
 from ._integers import prepare as prepare
-from ._shared import Latest, rounded_once
+from ._shared import rounded_once
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
@@ -69,7 +69,8 @@ def supports(scheme: Scheme, device: str) -> bool:
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
     holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
-    x, (flat, scales, zeros) = rounded_once(_latest, layer, x, _tokens)
+    shape = x.shape
+    met, (flat, scales, zeros) = rounded_once(layer, x, _tokens, dtype)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
     decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
     size = PART if decodes else layer.out_features
@@ -89,11 +90,11 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
                 None if zeros is None else zeros[some], row_sum, None if bias is None or rank else bias[own],
                 y[some, own],
             )  # fmt: skip
-    y = y.reshape(*x.shape[:-1], layer.out_features)
+    y = y.reshape(*shape[:-1], layer.out_features)
     if not rank:
         return y
     rounded = flat.float() * scales if zeros is None else (flat.float() - zeros) * scales
-    return finished(layer, y, x, rounded.reshape(x.shape), dtype)
+    return finished(layer, y, met, rounded.reshape(shape), dtype)
 
 
 def _scale(
@@ -109,10 +110,9 @@ def _scale(
 
 
 _scaled, _symmetric, _asymmetric = Fused(_scale), Fused(quantize_token), Fused(quantize_token_asymmetric)
-_latest = Latest()
 
 
-def _tokens(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _tokens(layer: Layer, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (tokens, in), scales and zeros (tokens, 1) of x (..., in): two dimensions always, or each number of them
     would be compiled for itself."""
     spec, x = layer.scheme.activation, x.reshape(-1, layer.in_features)

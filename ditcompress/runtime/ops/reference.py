@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..activation import fake_quantize
 from ..scheme import Scheme
-from ._shared import Latest, rounded_once
+from ._shared import rounded_once
 from .base import Layer, Made, finished
 
-_latest = Latest()
 SAYS = "decoded to floating point, product in the input's type"
 
 
@@ -39,12 +38,16 @@ def prepare(layer: Layer, dtype: torch.dtype, keep: bool) -> Made:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    x, rounded = rounded_once(_latest, layer, x, lambda layer, x: on_grid(layer, x).to(dtype), dtype)
+    met, rounded = rounded_once(layer, x, _rounded, dtype)
     weight = made or decoded(layer, dtype)
     y = torch.nn.functional.linear(rounded, weight["weight"])
     if "scale" in weight:
         y = (y * weight["scale"]).to(dtype)
-    return finished(layer, y, x, rounded, dtype)
+    return finished(layer, y, met, rounded, dtype)
+
+
+def _rounded(layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return on_grid(layer, x).to(dtype)
 
 
 def on_grid(layer: Layer, x: Tensor) -> Tensor:
