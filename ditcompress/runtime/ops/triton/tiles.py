@@ -2,7 +2,7 @@
 
 The model: a tile's time is its area over the share of peak that such tiles reach, and a multiprocessor takes its part
 of the tiles, rounded up. The shares are guesses from what others measured on H100 (large tiles with 8 warps near peak,
-small ones limited by loads); `benchmarks/kernels.py --tune` prints measured lines for `MEASURED`.
+small ones limited by loads); `benchmarks/kernel_times.py --tune` prints measured lines for `MEASURED`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speed of the Triton kernels on a GPU, against a bfloat16 `F.linear` (products) or a copy (what memory bounds).
 
-    python benchmarks/kernels.py [--only int8_gemm] [--quick] [--tune]
+    python benchmarks/kernel_times.py [--only int8_gemm] [--quick] [--tune]
 
 Prints one table for RESULTS.md; without a GPU one line that says so. Shapes are those of DiT-XL/2 and FLUX.1-dev. Ours
 and the baseline are captured in CUDA graphs over several sets of random operands, more than the L2 cache holds, and
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks/kernels.py needs a GPU; this machine has none.")
+        print("benchmarks/kernel_times.py needs a GPU; this machine has none.")
         return
     if options.tune:
         return tune(options.quick)
