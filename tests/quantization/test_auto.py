@@ -117,7 +117,7 @@ def test_a_new_budget_replaces_all_of_the_old_one() -> None:
     [([31.0], [30.0], ""), ([20.0, 29.0, 31.0], [30.0, 30.3, 31.6], ""), ([20.0, 21.0, 22.0], [30.0], "not reached")],
 )
 def test_a_missed_target_is_aimed_at_by_what_was_measured(
-    measured: list[float], aims: list[float], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: list[float], aims: list[float], said: str, tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second try knows the share of the damage that was left, the third also how far the second missed."""
     left, asked = iter(measured), []
@@ -130,7 +130,7 @@ def test_a_missed_target_is_aimed_at_by_what_was_measured(
     monkeypatch.setattr(compress, "measured_db", lambda *args, **more: next(left))
     monkeypatch.setattr(mixed, "choose", choose)
     reporter = Silent()
-    result = api.quantize(digits_folder(), "auto", tmp_path / "out", overrides=[*FEW, CHEAP], target_db=30.0,
+    result = api.quantize(tiny_dit, "auto", tmp_path / "out", overrides=[*FEW, CHEAP], target_db=30.0,
                           device="cpu", reporter=reporter)  # fmt: skip
     assert result.measured_db == measured[-1] and len(asked) >= len(measured)
     assert [aim for aim, _ in asked][: len(aims)] == pytest.approx(aims, abs=0.5)
