@@ -188,11 +188,12 @@ def _verified(
         except DitcompressError as error:
             if error.code != "E202":
                 raise
-            tries, again = TRIES, retarget(recipe, target_bits=16.0, target_db=None, share=share)  # the best there is
+            again = retarget(again, target_bits=16.0, target_db=None)  # the best there is
+            tries = TRIES
             result = _write(next_job, again, checkpoint, layout, checked_plan(again, layout))
         found = measure()
     if target_db is not None and found < target_db:
-        job.reporter.note(f"{target_db:g} dB were not reached in {tries} tries; the last gave {found:.1f} dB")
+        job.reporter.note(f"{target_db:g} dB were not reached; the last try gave {found:.1f} dB")
     return replace(result, measured_db=found)
 
 

@@ -104,9 +104,6 @@ def prune(
     method = method or ("prune-best" if width_ratio is None and offload == "none" else "oracle-greedy")
     job = _Job(ratio, by, method, tuple(overrides), conditions, scheduler, seed, reporter, offload)
     width = Width.of(ratio, width_ratio, width_units, width_method, method_settings(width_overrides, "--width-set"))
-    if offload != "none" and hasattr(job.module, "width"):
-        what = f"{job.name} learns on weights in memory"
-        raise DitcompressError("E203", f"--offload {offload}", what, "give --ratio, --width-ratio or both to others")
     if offload != "none" and not width.streams:
         what = f"{width.name} learns or makes new layers in memory"
         raise DitcompressError("E203", f"--offload {offload}", what, "use obs-diff, magnitude, taylor, udfc or random")

@@ -62,12 +62,16 @@ class Width:
     @property
     def streams(self) -> bool:
         """Whether it works on a model whose blocks are read while they run."""
-        makes = hasattr(self.module, "linear") or hasattr(self.module, "text")
-        return self.ratio is None or not (makes or "sampler" in self.module.NEEDS)
+        return self.ratio is None or not (self.replaces or "sampler" in self.module.NEEDS)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it puts new modules in the place of others, and does not choose units."""
+        return hasattr(self.module, "linear") or hasattr(self.module, "text")
 
     def check(self, layout: Layout) -> None:
         """E203 where a whole axis would go, by the table of the whole model."""
-        if self.ratio is None or hasattr(self.module, "linear") or hasattr(self.module, "text"):
+        if self.ratio is None or self.replaces:
             return
         axis = emptied(cut_axes(layout, self.units), self.ratio)
         if axis is not None:

@@ -48,9 +48,7 @@ def probed_steps(total: int, wanted: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(wanted, total))})
 
 
-def probe(
-    subject: Subject, reporter: Reporter, ranks: Ranks = ALONE, *, brief: bool = False
-) -> dict[str, Probe]:  # fmt: skip
+def probe(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE, *, brief: bool = False) -> dict[str, Probe]:
     """The errors on `settings.inputs` held-out inputs, for the conditional and, under guidance, the null branch;
     `brief`: of the conditional branch alone, without the comparison with neighbouring timesteps.
 
@@ -87,9 +85,7 @@ def probe(
     }
 
 
-def _of_images(
-    subject: Subject, indices: list[int], chosen: list[int], branches: list[str], shifted: int
-) -> Tensor:  # fmt: skip
+def _of_images(subject: Subject, indices: list[int], chosen: list[int], branches: list[str], shifted: int) -> Tensor:
     """(inputs, branches, steps, 7) on the CPU: the columns of `_errors` and, for the images below `shifted`, of
     `_shifted`."""
     records: dict[int, StepRecord] = {}

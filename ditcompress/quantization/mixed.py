@@ -20,19 +20,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import DitcompressError
-from ..formats.base import StrictParams, resolve
-from ..hadamard import signs
+from ..formats.base import StrictParams
 from ..measures import ratio_db
 from ..plan import LayerDecision, Plan, TradeOff, WeightSpec
 from ..runtime.scheme import Scheme
-from ._gain import gain
+from ._damage import gain, rounding_cost
 from ._knapsack import Choice, Point, hull, path
-from ._low_rank import low_rank
-from ._rounding import damped, objective
-from .base import Layer
 
 NEEDS = ("gram",)
-MOST = 2**18  # values of a weight that its costs are measured on
 HEADROOM_DB = 4.0  # what was measured lay 2 to 5 dB below what was predicted; doing it again costs more than bits
 
 
@@ -61,25 +56,6 @@ def stored_bits(decision: LayerDecision, shape: tuple[int, int]) -> int:
     smooth = "none" if decision.smooth == "fold" else decision.smooth
     scheme = Scheme(decision.weight, decision.activation, smooth, decision.rank, decision.rotate)
     return sum(8 * torch.Size(size).numel() * dtype.itemsize for size, dtype in scheme.layout(shape).values())
-
-
-def rounding_cost(decision: LayerDecision, weight: Tensor, statistics: Any) -> float:
-    """Expected relative output error of rounding this weight to nearest in the decision's format."""
-    fmt, params = resolve(decision.weight)
-    most = MOST
-    if hasattr(fmt, "draft"):  # fitting takes much longer than rounding
-        params, most = fmt.draft(params), MOST // 4
-    sign = signs(weight.shape[1], 0) if decision.rotate else None
-    stride = max(1, weight.numel() // most)  # rows are independent: some of them tell enough of a large weight
-    layer = Layer(decision, weight[::stride].float(), statistics, sign=sign)
-    gram, weight = layer.gram(), layer.effective_weight().float()
-    hessian = damped(gram, 1e-6, layer.name) * gram.diagonal().mean()
-    grid = fmt.fit(weight, params, hessian.diagonal().float())
-    error = weight - fmt.value(fmt.code(weight, grid, params), grid, params)
-    if decision.rank:
-        up, down = low_rank(error, decision.rank, torch.Generator().manual_seed(0), damped(gram, 1e-4, layer.name))
-        error = error - up.float() @ down.float()
-    return stride * objective(error, torch.zeros_like(error), hessian).sum().item()
 
 
 def choices(
@@ -115,7 +91,7 @@ def choose(
 
     def gain_at(point: Point) -> float:
         chosen = [choices[place] for choices, place in zip(table, point.places, strict=True)]
-        return gain(chosen, read, statistics, rounding_cost)
+        return gain(chosen, read, statistics)
 
     if params.target_db is None:
         found = path(table, params.target_bits * weights)[-1]

@@ -19,7 +19,7 @@ from ditcompress.loading import open_model
 from ditcompress.models import adapter_for
 from ditcompress.plan import LayerDecision, StepSpec, WeightSpec
 from ditcompress.quantization import mixed
-from ditcompress.quantization._gain import sampled
+from ditcompress.quantization._damage import sampled
 from ditcompress.quantization._knapsack import Choice
 from ditcompress.recipe import load_recipe
 

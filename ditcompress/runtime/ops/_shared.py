@@ -51,9 +51,9 @@ def rounded_once(
     transformed input, where a low-rank part needs it."""
     scheme, stored = layer.scheme, layer.stored_tensors()
     online, ranked = scheme.smooth == "online", bool(scheme.rank)
-    if scheme.activation.mode == "none" and not online and not scheme.rotate:
-        return x, rounds(layer, x, dtype)
     plain = not online and not scheme.rotate
+    if plain and scheme.activation.mode == "none":
+        return x, rounds(layer, x, dtype)
 
     def make() -> tuple[Tensor | None, Any]:
         met = layer.transformed(x)
