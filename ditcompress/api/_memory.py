@@ -29,7 +29,7 @@ from ._options import pick_dtype, settings_of
 
 # glibc keeps freed pieces between those in use, which offloading forbids: shares measured on DiTs of 70 to 90 M
 # parameters, of what comes and goes and of what stays among it.
-HOLES, AMONG = 1.5, 1.2
+HOLES, AMONG = 1.75, 1.2
 PROGRAM = 30_000_000  # what the program loads and keeps at its first real run
 
 
