@@ -4,7 +4,8 @@
     python benchmarks/memory.py --size flux [--layers 5]     as many double blocks, twice as many single ones; 19: all
 
 The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
-and the operating system's account of that process is read afterwards (maximum resident set, wall time).
+and the operating system's account of that process is read afterwards (maximum resident set, wall time). On a GPU the
+most memory in use while it ran is told too, as the driver counts it, less what was in use before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,29 @@ def write_random(folder: Path, dtype: torch.dtype, config: dict[str, Any]) -> in
     return total
 
 
+class GpuPeak:
+    """The most bytes in use on the GPU meanwhile; 0 without one."""
+
+    def __init__(self) -> None:
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch) if torch.cuda.is_available() else None
+
+    def __enter__(self) -> GpuPeak:
+        if self._thread is not None:
+            self._free = torch.cuda.mem_get_info()[0]
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.bytes = max(self.bytes, self._free - torch.cuda.mem_get_info()[0])
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
 def run(*arguments: str) -> tuple[dict[str, Any], float, float]:
     """JSON, seconds and peak bytes of one command in a process of its own."""
     started = time.time()
@@ -94,11 +119,14 @@ def main() -> None:
             print(f"offload           {options.offload}: {predicted}")
             print(f"calibration       {seconds:.0f} s with one image and two steps, peak {peak / 1e9:.2f} GB")
             more += ["--statistics", f"{scratch}/stats"]
-        facts, seconds, peak = run("quantize", str(folder), "-r", options.recipe, "-o", str(out), *more)
+        with GpuPeak() as gpu:
+            facts, seconds, peak = run("quantize", str(folder), "-r", options.recipe, "-o", str(out), *more)
         print(f"parameters        {total / 1e6:.0f} M ({options.dtype})")
         print(f"recipe            {options.recipe}, {facts['bits_per_quantized_weight']:.3f} bits per quantized weight")
         print(f"bytes             {facts['original_bytes'] / 1e9:.3f} GB -> {facts['bytes'] / 1e9:.3f} GB")
-        print(f"peak memory       {peak / 1e9:.2f} GB")
+        print(
+            f"peak memory       {peak / 1e9:.2f} GB" + (f", on the GPU {gpu.bytes / 1e9:.2f} GB" if gpu.bytes else "")
+        )
         print(f"wall time         {seconds:.0f} s")
 
 

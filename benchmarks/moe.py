@@ -1,12 +1,13 @@
-"""CPU time of expert feed-forwards against the dense one they were cut from.
+"""Time of expert feed-forwards against the dense one they were cut from.
 
-    python benchmarks/moe.py [--width 1152] [--tokens 1024] [--experts 8] [--repeats 15]
+    python benchmarks/moe.py [--width 1152] [--tokens 1024] [--experts 8] [--repeats 15] [--device cuda]
     python benchmarks/moe.py --convert 2        seconds of moe-local's conversion of a layer with 2 experts instead
 
-One thread, float32, GELU, hidden width 4 x. Dense and expert layers take turns, so that other work on the machine meets
-both; the median of every layer's times is shown with its share of the dense one, for routing by random tokens. Experts
-of moe-local each hold half of the neurons (random ones here), one runs for a token. A conversion takes 4096 random
-tokens for each expert; its seconds are those of the process, and the memory is the peak while it runs.
+One thread in float32, or a GPU in bfloat16; GELU, hidden width 4 x. Dense and expert layers take turns, so that other
+work on the machine meets both; the median of every layer's times is shown with its share of the dense one, for
+routing by random tokens. Experts of moe-local each hold half of the neurons (random ones here), one runs for a token.
+A conversion takes 4096 random tokens for each expert; its seconds are those of the process, and the memory is the
+peak while it runs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--shared", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--convert", type=int, help="experts of a conversion to time")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,15 +92,18 @@ def main() -> None:
         return
     print("| width | tokens | layer | ms | of dense |\n|---|---|---|---|---|")
     for width in given.width:
-        made = layers(width, given.experts, given.shared)
+        dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
+        made = {n: layer.to(given.device, dtype) for n, layer in layers(width, given.experts, given.shared).items()}
         for tokens in given.tokens:
-            x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(1))
+            x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(1)).to(given.device, dtype)
             times: dict[str, list[float]] = {name: [] for name in made}
             with torch.inference_mode():
                 for turn in range(given.repeats + 2):
                     for name, layer in made.items():
                         started = time.perf_counter()
                         layer(x)
+                        if given.device == "cuda":
+                            torch.cuda.synchronize()
                         if turn > 1:  # the first ones warm up
                             times[name].append(time.perf_counter() - started)
             middle = {name: statistics.median(values) for name, values in times.items()}

@@ -1,7 +1,8 @@
-"""How fast packed blocks of DiT-XL/2 width run beside bfloat16 ones, torchao and sdnq, on this machine.
+"""How fast packed blocks of DiT-XL/2 or FLUX.1 run beside bfloat16 ones, torchao and sdnq, on this machine.
 
-    python benchmarks/speed.py                    2 blocks on a CPU
-    python benchmarks/speed.py --layers 28        the whole model; what a GPU should run
+    python benchmarks/speed.py                                2 blocks of DiT-XL/2 on a CPU
+    python benchmarks/speed.py --layers 28                    the whole model; `benchmarks/gpu.py` runs it on a GPU
+    python benchmarks/speed.py --size flux --batch 1          2 double and 4 single blocks at 1024 pixels; 19: all
 
 Random weights, which run as fast as trained ones: the forms of w8a8-token and w4a8-token, rounded to nearest. The
 times are `ditcompress bench` on the written checkpoints, batch by batch; "dB" is the output SQNR of the forward pass
@@ -42,6 +43,7 @@ FORMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="dit-xl", choices=["dit-xl", "flux"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--mode", nargs="*", default=[], help="eager, graph, compiled; all by default")
@@ -52,9 +54,9 @@ def main() -> None:
     options = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "dit-xl"
+        plain = Path(scratch) / options.size
         plain.mkdir()
-        write_random(plain, torch.bfloat16, sized("dit-xl", options.layers))
+        write_random(plain, torch.bfloat16, sized(options.size, options.layers))
         models = [plain]
         for name, weight in FORMS.items():
             recipe = Path(scratch) / f"{name}.yaml"

@@ -27,7 +27,7 @@ from ._shared import rounded_once
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
-PART, TOKENS = 2048, 1024  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
+PART, TOKENS = 2048, 2048  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
 SUMS = 2**22  # sums at a time: above 32 MB glibc asks the system for new pages at every call, which takes as long again
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
