@@ -166,19 +166,28 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+SHORT = 16  # characters of a cell that is not broken
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A plain table on stdout; every cell is escaped. Columns after the first are right-aligned."""
+    """A plain table on stdout; every cell is escaped. Columns after the first are right-aligned, and where there is
+    room those of numbers (nothing longer than `SHORT`) stay on one line: the others fold first."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(printable(title, 200)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [[printable(cell, 200) for cell in row] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    console = Console(highlight=False)
+    room = console.width - sum(width + 3 if width <= SHORT else 12 for width in widths)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell, 200)) for cell in row))
-    Console(highlight=False).print(table)
+        whole = index > 0 and widths[index] <= SHORT and room >= 0
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=whole)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def print_text(text: str) -> None:
