@@ -59,7 +59,7 @@ class ExpertSettings(BaseModel):
     those of the Taylor scores, `images` the samples whose tokens moe.html colours by expert; `group` the
     blocks of a Mixture of Blocks that share a router, `alpha` how its score weighs tokens against the embedding."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: dict[str, Any] = {}
     gate: Gate | None = None
     probe: int = Field(4, ge=1, le=1000)

@@ -229,6 +229,11 @@ def scheduler_digest(folder: Path | None) -> str:
     return _digest(file if file.is_file() else folder / "scheduler" / "scheduler_config.json")
 
 
+def given_files(conditions: str | Path | None, scheduler: str | Path | None) -> dict[str, str]:
+    """Digests of what a run was given beside its model, for the marks of what an interrupted run goes on from."""
+    return {"conditions": _digest(conditions), "scheduler": scheduler_digest(Path(scheduler) if scheduler else None)}
+
+
 def _digest(path: str | Path | None) -> str:
     if path is None or not Path(path).is_file():
         return str(path or "")

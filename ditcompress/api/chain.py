@@ -7,7 +7,6 @@ a killed run goes on with the stage that it was in; the target appears whole or 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,17 @@ from typing import Any
 import torch
 
 from ..checkpoint.manifest import NAME as MANIFEST
-from ..checkpoint.writer import output_folder, remove_work, work_folder
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import kept_work, linked, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
+from ..distill.settings import TRAJECTORIES
 from ..errors import DitcompressError
 from ..loading import open_model
 from ..ranks import alone
 from ..recipe import Recipe, canonical, load_recipe
 from ..sections import Pruning
+from ._images import listing
+from .calibration import given_files, pick_device
 from .compress import quantize
 from .depth import prune
 from .distill import check_data, distill, options_of
@@ -58,10 +61,15 @@ class _Chain:
         return {"conditions": self.conditions, "scheduler": self.scheduler, "device": self.device, "overwrite": True,
                 "reporter": self.reporter}  # fmt: skip
 
-    def marks(self, fingerprint: str) -> dict[str, Any]:
+    def marks(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
-        return {"model": fingerprint, "recipe": canonical(self.recipe), "seed": self.seed, "torch": torch.__version__,
-                "conditions": str(self.conditions), "scheduler": str(self.scheduler)}  # fmt: skip
+        wanted = self.recipe.distill
+        data = TRAJECTORIES if wanted is None else options_of(wanted.model_dump(exclude_unset=True)).data
+        return {"model": checkpoint.fingerprint, "recipe": canonical(self.recipe), "seed": self.seed,
+                "torch": torch.__version__,
+                "data": "" if data == TRAJECTORIES else listing(Path(data)), "dtype": self.dtype,
+                "device": str(pick_device(self.device)),
+                **given_files(self.conditions, self.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
 
 
 def run_recipe(
@@ -96,19 +104,20 @@ def run_recipe(
     job = _Chain(path, recipe, target, conditions, scheduler, seed, device, dtype, reporter)
     if dry_run:
         return ChainResult(None, {"prune": _prune(job, None)} if recipe.prune else {})
-    marks = job.marks(checkpoint.fingerprint)
+    marks = job.marks(checkpoint)
     with output_folder(
         target, overwrite=overwrite, inputs=[path], planned_bytes=checkpoint.total_bytes,
         manifest={"recipe": recipe.to_json(), "seed": seed, "input": {"fingerprint": checkpoint.fingerprint}},
     ) as partial:  # fmt: skip
         work = work_folder(target.with_name(f"{target.name}.stages"), marks, restart)
-        result = _run(job, work, partial)
+        with kept_work(work):
+            result = _run(job, work, partial)
     remove_work(work)
     return result
 
 
 def _run(job: _Chain, work: Path, partial: Path) -> ChainResult:
-    """All stages, then the last one's files into `partial`."""
+    """All stages, then the last one's files into `partial` too: until that is published a killed run needs them."""
     facts: dict[str, Any] = {}
     last = job.path
     for name, stage in (("prune", _prune), ("distill", _distill), ("quantize", _quantize)):
@@ -120,12 +129,11 @@ def _run(job: _Chain, work: Path, partial: Path) -> ChainResult:
         facts[name] = _once(place, lambda stage=stage, place=place, last=last: stage(job, place, last))  # type: ignore[misc]
         last = place
     report = _evaluate(job, last, work / REPORT) if job.recipe.report is not None else None
-    _describe(job, last)
-    (last / MANIFEST).unlink()  # what is being moved is no finished stage any more
-    for entry in sorted(last.iterdir()):
-        os.replace(entry, partial / entry.name)
+    linked(last, partial, leave=(MANIFEST,))
     if report is not None:
-        os.replace(work / REPORT, partial / REPORT)
+        linked(work / REPORT, partial / REPORT)
+    opened = open_model(last)[0]
+    _describe(job, partial / (opened.component if opened.pipeline else ""))
     return ChainResult(job.target, facts, report)
 
 
@@ -167,10 +175,11 @@ def _quantize(job: _Chain, out: Path, last: Path) -> Any:
     return {"bits_per_quantized_weight": made.bits, "bytes": made.bytes, "original_bytes": made.original_bytes}
 
 
-def _describe(job: _Chain, folder: Path) -> None:
-    """The whole recipe in place of a stage's own."""
-    component = open_model(folder)[0].folder
-    (component / "recipe.json").write_text(json.dumps(job.recipe.to_json(), indent=2) + "\n")
+def _describe(job: _Chain, component: Path) -> None:
+    """The whole recipe in place of a stage's own, in a file of its own."""
+    place = component / "recipe.json"
+    place.unlink(missing_ok=True)
+    place.write_text(json.dumps(job.recipe.to_json(), indent=2) + "\n")
 
 
 def _evaluate(job: _Chain, compressed: Path, out: Path) -> dict[str, Any]:
@@ -197,6 +206,8 @@ def staged(
         chosen = chosen.model_copy(update={"prune": Pruning(**pruning)})
     if chosen.prune is None:
         raise DitcompressError("E203", "--ratio", "is missing", "give --ratio, --width-ratio or both")
+    if steps == 0 and data is not None:
+        raise DitcompressError("E203", "--data", "without training nothing reads it", "give --distill-steps above 0")
     if steps == 0:
         return chosen.model_copy(update={"distill": None})
     given = {} if chosen.distill is None else chosen.distill.model_dump(exclude_unset=True)

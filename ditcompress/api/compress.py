@@ -23,7 +23,16 @@ from ..calibration.statistics import Statistics
 from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
+from ..checkpoint.writer import (
+    ShardWriter,
+    copy_rest,
+    emptied,
+    kept_work,
+    output_folder,
+    remove_work,
+    work_folder,
+    work_of,
+)
 from ..console import Reporter, Silent, speaks
 from ..errors import DitcompressError
 from ..journal import VERSION as JOURNAL
@@ -40,7 +49,7 @@ from ..sharing import copies_of, everywhere, tied
 from . import _bitsandbytes, _memory
 from ._notes import fallbacks, unfolded
 from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
-from .calibration import cached_statistics, conditions_for, pick_device, settings_of
+from .calibration import cached_statistics, conditions_for, given_files, pick_device, settings_of
 from .q_sched import search_scheduler
 from .target import measured_db, retarget, with_target
 
@@ -158,20 +167,55 @@ def quantize(
         if not ranks.first:
             _statistics_for(plan, chosen, checkpoint, replace(job, reporter=Silent()))
             return QuantizeResult(target, None, plan)
-        result = _write(job, chosen, checkpoint, layout, plan)
-        if (target_bits, target_size, target_db) == (None, None, None):
-            return result
-        return _verified(job, chosen, checkpoint, layout, plan, result, target_db)
+        return _published(job, chosen, checkpoint, layout, plan, (target_bits, target_size, target_db))
+
+
+def _published(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, targets: tuple[Any, ...]
+) -> QuantizeResult:
+    """The folder, built, measured where a target was given, and only then put in its place: the parts of a killed run
+    are those of all its tries."""
+    manifest = {"recipe": recipe.to_json(), "seed": job.seed, "input": {"fingerprint": checkpoint.fingerprint}}
+    with output_folder(
+        job.target, overwrite=job.overwrite, inputs=[job.path], planned_bytes=checkpoint.total_bytes // 2,
+        manifest=manifest,
+    ) as partial:  # fmt: skip
+        check_finite(checkpoint, job.reporter)
+        result = _write(job, recipe, checkpoint, layout, plan, partial)
+        if targets != (None, None, None):
+            result, recipe = _verified(job, recipe, checkpoint, layout, result, targets[2], partial)
+            manifest["recipe"] = recipe.to_json()
+    for attempt in range(1, TRIES + 1):
+        remove_work(work_of(_place(job.target, attempt)))
+    return result
+
+
+def _place(target: Path, attempt: int) -> Path:
+    """What the work folder of a try is called after."""
+    return target if attempt == 1 else target.with_name(f"{target.name}.try-{attempt}")
+
+
+def _journal(job: _Job, marks: Mapping[str, Any]) -> Path:
+    """The work folder of this try. A later one follows from what was measured, so its user cannot make it agree with
+    one that is left from another run: it begins anew then."""
+    place = _place(job.target, job.attempt)
+    try:
+        return work_folder(place, marks, restart=job.restart)
+    except DitcompressError as error:
+        if job.attempt == 1 or error.code != "E503":
+            raise
+        return work_folder(place, marks, restart=True)
 
 
 def _verified(
-    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, result: QuantizeResult,
-    target_db: float | None,
-) -> QuantizeResult:  # fmt: skip
-    """The result with its measured dB; made again, at most twice, when it misses the dB that it was asked for."""
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, result: QuantizeResult,
+    target_db: float | None, partial: Path,
+) -> tuple[QuantizeResult, Recipe]:  # fmt: skip
+    """The result with its measured dB, and the recipe that gave it; made again, at most twice, when it misses the dB
+    that it was asked for."""
 
     def measure() -> float:
-        return measured_db(job.path, job.target, job.reporter, scheduler=job.scheduler, conditions=job.conditions,
+        return measured_db(job.path, partial, job.reporter, scheduler=job.scheduler, conditions=job.conditions,
                            device=str(pick_device(job.device)))  # fmt: skip
 
     found, tries = measure(), 1
@@ -180,75 +224,77 @@ def _verified(
         job.reporter.note(f"{found:.1f} dB measured where {point.predicted_db:.1f} were predicted: choosing again")
         share = 10 ** ((point.nearest_db - found) / 10)
         more = point.predicted_db - found if tries > 1 else 0.0  # the share itself depends on the bits
-        again = retarget(recipe, target_db=target_db + MARGIN_DB + more, share=share)
+        recipe = retarget(recipe, target_db=target_db + MARGIN_DB + more, share=share)
         tries += 1
-        next_job = replace(job, overwrite=True, attempt=tries)
+        job = replace(job, attempt=tries)
         try:
-            result = _write(next_job, again, checkpoint, layout, checked_plan(again, layout))
+            result = _write(job, recipe, checkpoint, layout, checked_plan(recipe, layout), partial)
         except DitcompressError as error:
             if error.code != "E202":
                 raise
-            again = retarget(again, target_bits=16.0, target_db=None)  # the best there is
+            recipe = retarget(recipe, target_bits=16.0, target_db=None)  # the best there is
+            job = replace(job, attempt=TRIES)
             tries = TRIES
-            result = _write(next_job, again, checkpoint, layout, checked_plan(again, layout))
+            result = _write(job, recipe, checkpoint, layout, checked_plan(recipe, layout), partial)
         found = measure()
     if target_db is not None and found < target_db:
         job.reporter.note(f"{target_db:g} dB were not reached; the last try gave {found:.1f} dB")
-    return replace(result, measured_db=found)
+    return replace(result, measured_db=found), recipe
 
 
-def _write(job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan) -> QuantizeResult:
-    """Gather what the plan needs, choose, encode block by block, and publish the folder."""
-    path, target = job.path, job.target
-    with output_folder(
-        target, overwrite=job.overwrite, inputs=[path], planned_bytes=checkpoint.total_bytes // 2,
-        manifest={"recipe": recipe.to_json(), "seed": job.seed, "input": {"fingerprint": checkpoint.fingerprint}},
-    ) as partial:  # fmt: skip
-        check_finite(checkpoint, job.reporter)
-        component = checkpoint.component if checkpoint.pipeline else ""
-        folder = partial / component
-        folder.mkdir(exist_ok=True)
-        writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
-        journal, found = None, _statistics_for(plan, recipe, checkpoint, job)
-        if recipe.backend == "bitsandbytes":
-            outcome, config = _bitsandbytes.run(
-                checkpoint, layout, build_meta(checkpoint.config), plan, writer, job.reporter
-            )
-        else:
-            inputs = found.inputs if found else {}
-            by = None
-            parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-            trained = learns(plan, recipe, parameters, job.device, job.reporter)
-            if trained or measures(plan):
-                by = driven(
-                    checkpoint, recipe.calibration or Calibration(), job.conditions, job.scheduler, job.seed,
-                    job.device, job.reporter,
-                )  # fmt: skip
-            device = pick_device(job.device)
-            plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None, device)
-            marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
-                     "device": str(device), "torch": torch.__version__,
-                     "statistics": "" if found is None else found.digest, "journal": JOURNAL}  # fmt: skip
-            place = target if job.attempt == 1 else target.with_name(f"{target.name}.try-{job.attempt}")
-            journal = work_folder(place, marks, restart=job.restart)
-            tuned = Tuned({}, {})
-            if by is not None and trained:
-                tuned = tune(
-                    by, layout, plan, inputs, recipe, seed=job.seed, journal=journal, reporter=job.reporter
-                )  # fmt: skip
-            outcome = engine.run(
-                Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded, device), writer,
-                seed=job.seed, journal=journal, reporter=job.reporter,
-            )  # fmt: skip
-            config = engine.quantization_config(recipe.name, outcome)
-        files = writer.finish()
-        checkpoint.verify_unchanged()
-        size = sum(f.stat().st_size for f in files)
-        _write_config(folder, checkpoint.config, config)
-        _describe(partial, folder, recipe, checkpoint, outcome, plan, path.name, size)
-        search_scheduler(path, partial, recipe, job.conditions, job.seed, job.device, job.dtype, job.reporter)
-    remove_work(journal)
-    return QuantizeResult(target, None, plan, outcome.records, checkpoint.total_bytes, size)
+def _write(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, partial: Path
+) -> QuantizeResult:
+    """Gather what the plan needs, choose, encode block by block, and fill the folder, in place of an earlier try."""
+    emptied(partial)
+    folder = partial / (checkpoint.component if checkpoint.pipeline else "")
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, max_shard_bytes=job.max_shard_bytes)
+    found = _statistics_for(plan, recipe, checkpoint, job)
+    if recipe.backend == "bitsandbytes":
+        meta = build_meta(checkpoint.config)
+        outcome, config = _bitsandbytes.run(checkpoint, layout, meta, plan, writer, job.reporter)
+    else:
+        plan, outcome = _encoded(job, recipe, checkpoint, layout, plan, found, writer)
+        config = engine.quantization_config(recipe.name, outcome)
+    files = writer.finish()
+    checkpoint.verify_unchanged()
+    size = sum(f.stat().st_size for f in files)
+    _write_config(folder, checkpoint.config, config)
+    _describe(partial, folder, recipe, checkpoint, outcome, plan, job.path.name, size)
+    search_scheduler(job.path, partial, recipe, job.conditions, job.seed, job.device, job.dtype, job.reporter)
+    return QuantizeResult(job.target, None, plan, outcome.records, checkpoint.total_bytes, size)
+
+
+def _encoded(
+    job: _Job, recipe: Recipe, checkpoint: Checkpoint, layout: Layout, plan: Plan, found: Statistics | None,
+    writer: ShardWriter,
+) -> tuple[Plan, engine.Outcome]:  # fmt: skip
+    """Choose what the plan leaves open, train where the recipe says so, and write every tensor."""
+    inputs, by = found.inputs if found else {}, None
+    parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    trained = learns(plan, recipe, parameters, job.device, job.reporter)
+    if trained or measures(plan):
+        by = driven(
+            checkpoint, recipe.calibration or Calibration(), job.conditions, job.scheduler, job.seed,
+            job.device, job.reporter,
+        )  # fmt: skip
+    device = pick_device(job.device)
+    plan = choose(plan, layout, checkpoint.read, inputs, (lambda: by.runner(job.seed)) if by else None, device)
+    marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
+             "device": str(device), "torch": torch.__version__,
+             "statistics": "" if found is None else found.digest, "journal": JOURNAL, "dtype": job.dtype,
+             **given_files(job.conditions, job.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
+    journal = _journal(job, marks)
+    with kept_work(journal):
+        tuned = Tuned({}, {})
+        if by is not None and trained:
+            tuned = tune(by, layout, plan, inputs, recipe, seed=job.seed, journal=journal, reporter=job.reporter)
+        outcome = engine.run(
+            Overlay(checkpoint, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded, device), writer,
+            seed=job.seed, journal=journal, reporter=job.reporter,
+        )  # fmt: skip
+    return plan, outcome
 
 
 def _describe(

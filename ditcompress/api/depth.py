@@ -48,7 +48,7 @@ from ..structure import remove_blocks, without_blocks
 from . import _memory
 from ._options import method_settings
 from ._pruned import cut_tensors, write_pruned
-from .calibration import conditions_for, pick_device, pick_dtype
+from .calibration import conditions_for, given_files, pick_device, pick_dtype
 from .width import METHOD, Cut, Width, check_ratio, cut_of, narrowed_model, sharing_config, tied_model, with_ratio
 
 SENSITIVITY_STEPS = ("timesteps=10",)  # columns that a terminal has room for
@@ -129,7 +129,7 @@ def prune(
                   "input": {"fingerprint": opened.fingerprint}},
     ) as partial:  # fmt: skip
         if job.resumes or width.learns:
-            marks = {**job.marks(opened.fingerprint), "dtype": dtype, "device": str(pick_device(device))}
+            marks = {**job.marks(opened), "dtype": dtype, "device": str(pick_device(device))}
             job.journal = work_folder(target, {**marks, **width.settings()}, restart)
         with kept_work(job.journal):
             checkpoint, context, choice = job.run(path, device, dtype)
@@ -210,10 +210,11 @@ class _Job:
         """Whether a killed run has something to go on from."""
         return self.ratio is not None and bool({"training", "journal"} & {*self.module.NEEDS})
 
-    def marks(self, fingerprint: str) -> dict[str, Any]:
+    def marks(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
-        return {**self.settings(), "seed": self.seed, "fingerprint": fingerprint, "conditions": str(self.conditions),
-                "scheduler": str(self.scheduler), "torch": torch.__version__}  # fmt: skip
+        return {**self.settings(), "seed": self.seed, "fingerprint": checkpoint.fingerprint,
+                "torch": torch.__version__,
+                **given_files(self.conditions, self.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         return {"method": self.name, "ratio": self.ratio, "by": self.by, "params": self.params.model_dump()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
+from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..distill.data import Batch, Data, Trajectories
@@ -36,7 +37,7 @@ from ..recipe import Calibration
 from ..report.card import distilled_card
 from ._images import encoded, is_images, listing
 from ._logs import divergences, lowered, note_divergence, open_log
-from .calibration import conditions_for, pick_device, scheduler_digest, settings_of
+from .calibration import conditions_for, given_files, pick_device, settings_of
 
 REPORT = "distill.json"
 HELD_OUT = 16  # images whose trajectories the student is judged on before and after
@@ -55,7 +56,7 @@ def options_of(given: Mapping[str, Any]) -> Options:
     return options
 
 
-def check_data(checkpoint: Checkpoint, data: str, scheduler: str | Path | None) -> None:
+def check_data(checkpoint: Checkpoint | ModuleSource, data: str, scheduler: str | Path | None) -> None:
     """Refuse cached latents that do not fit a model before anything is computed: E301, E330 or E338 as in training.
     Images are first looked at when they are encoded."""
     if data == TRAJECTORIES or is_images(Path(data)):
@@ -111,6 +112,8 @@ def distill(
     chosen, reporter = options_of(options), reporter or Silent()
     pair = _opened(Path(teacher), Path(student))
     facts = _facts(pair, chosen)
+    check_data(pair.teacher, chosen.data, scheduler)
+    pick_device(device)
     if dry_run:
         return DistillResult(None, History(()), facts)
     target = Path(out)
@@ -206,14 +209,12 @@ class _Run:
 
     def marks(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What an interrupted run must have in common with this one."""
-        given = self.conditions
         return {
             **facts["fingerprints"],
             **self.options.model_dump(exclude={"save_every"}),
             "blocks": facts["blocks"],
             "files": "" if self.options.data == TRAJECTORIES else listing(Path(self.options.data)),
-            "conditions": [str(given), Path(given).stat().st_size] if given and Path(given).is_file() else str(given),
-            "scheduler": scheduler_digest(self.scheduler_folder),
+            **given_files(self.conditions, self.scheduler_folder),
             "torch": torch.__version__,
         }
 
@@ -232,6 +233,9 @@ class _Run:
             sharded=self.sharded,
         )  # fmt: skip
         before = task.measure(held_out)
+        if not all(torch.tensor(value).isfinite() for value in before.values()):
+            what = "the models differ by NaN or infinity before any training"
+            raise DitcompressError("E701", "teacher or student", what, "use --dtype float32, or look at `evaluate`")
         with open_log(target, self.ranks.first, self.reporter) as log:
             try:
                 history = train(task, options, journal=journal, reporter=self.reporter, ranks=self.ranks, log=log)
@@ -241,6 +245,7 @@ class _Run:
                 raise
         count = sum(tensor.numel() for tensor in task.parameters().values())
         trained = task.finish()
+        _as_stored(trained, self.pair.student)
         after = task.measure(held_out)
         task.release()
         self._say(before, after)
@@ -248,8 +253,9 @@ class _Run:
         return history, trained, found
 
     def _say(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        where = "held-out states" if self.options.data == TRAJECTORIES else "other noise of the data"
         for name, value in after.items():
-            self.reporter.note(f"{name} loss on held-out states: {before[name]:.3g} -> {value:.3g}")
+            self.reporter.note(f"{name} loss on {where}: {before[name]:.3g} -> {value:.3g}")
         if not all(torch.tensor(value).isfinite() for value in after.values()):
             raise DitcompressError("E703", "the trained student", "its loss is not finite", "lower the learning rate")
 
@@ -259,7 +265,7 @@ class _Run:
         return Noising(sampler, self.pair.adapter, config, "leave clean out of --loss")
 
     def _data(self, teacher: nn.Module) -> tuple[Data, Batch]:
-        """The training data, and a held-out batch that is no part of it."""
+        """The training data, and a batch that is no part of it: of other images, or of given data with other noise."""
         pair, options = self.pair, self.options
         config = pair.teacher.config
         sampler = load_scheduler(config, self.scheduler_folder, pair.adapter, self.reporter)
@@ -290,6 +296,13 @@ class _Run:
 
         held_out = states(options.seed + 104729, min(options.images, HELD_OUT), Ranks()).batch(0, 64)
         return states(options.seed + 7919, options.images, self.ranks), held_out
+
+
+def _as_stored(trained: Mapping[str, Tensor], student: Checkpoint) -> None:
+    """Round the model's trained tensors to the types that they are written in: what is measured is what will be."""
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            tensor.copy_(tensor.to(student.tensors[name].dtype))
 
 
 def _write(

@@ -17,7 +17,7 @@ from ..calibration.schedulers import load_scheduler
 from ..calibration.trajectory import Sampling
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.source import ModuleSource
-from ..checkpoint.writer import ShardWriter, copy_rest, output_folder, remove_work, work_folder
+from ..checkpoint.writer import ShardWriter, copy_rest, kept_work, output_folder, remove_work, work_folder
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..evaluation.vae import decode, load_vae
@@ -41,7 +41,8 @@ from ._conversion import Job, converted, entry_of, measured_facts, plan_of
 from ._experts import Plan, card, settings_from
 from ._images import listing
 from ._training import Driven, driven, guidance_of
-from .calibration import conditions_for, pick_device, pick_dtype, settings_of
+from .calibration import conditions_for, given_files, pick_device, pick_dtype, settings_of
+from .distill import check_data
 
 REPORT, PAGE = "moe.json", "moe.html"
 
@@ -97,6 +98,8 @@ def moe(
     if left:
         reporter.note(f"{len(left)} linears into feed-forwards that are no module of their own stay dense")
     pick_device(device), pick_dtype(dtype)
+    if data is not None:
+        check_data(checkpoint, str(data), scheduler)
     if dry_run:
         return {"method": method, **_foreseen(layout, plan), "left_dense": left, "written": False}
     where = None if isinstance(path, nn.Module) else Path(path)
@@ -158,7 +161,9 @@ def _write(job: Job, checkpoint: Checkpoint, layout: Layout, left: list[str], ov
     marks = {"model": checkpoint.fingerprint, "method": job.name, "params": job.params.model_dump(mode="json"),
              "settings": job.settings.model_dump(mode="json"), "seed": job.seed, "torch": torch.__version__,
              "distill": job.distill, "layers": job.plan.to_json(),
-             "data": None if job.data is None else listing(job.data)}  # fmt: skip
+             "data": None if job.data is None else listing(job.data), "dtype": job.dtype,
+             "device": str(pick_device(job.device)),
+             **given_files(job.conditions, job.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
     manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
                 "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
     with output_folder(
@@ -166,10 +171,11 @@ def _write(job: Job, checkpoint: Checkpoint, layout: Layout, left: list[str], ov
     ) as partial:
         check_finite(checkpoint, job.reporter)
         journal = work_folder(job.out, marks, restart=job.restart) if job.distill else None
-        by = driven(
-            checkpoint, job.settings.calibration, job.conditions, job.scheduler, job.seed, job.device, job.reporter
-        )
-        sparse, plan, trained, losses = converted(job, checkpoint, layout, by, journal)
+        with kept_work(journal):
+            by = driven(
+                checkpoint, job.settings.calibration, job.conditions, job.scheduler, job.seed, job.device, job.reporter
+            )
+            sparse, plan, trained, losses = converted(job, checkpoint, layout, by, journal)
         facts = measured_facts(job, layout, by, sparse, plan, losses, left)
         _write_folder(job, checkpoint, sparse, plan, trained, facts, partial)
         (partial / PAGE).write_text(page(facts, _coloured(job, checkpoint, by, sparse)), encoding="utf-8")

@@ -41,7 +41,7 @@ def with_target(
         return recipe
     if len(given) > 1:
         raise DitcompressError("E203", f"--target-{given[0]}", f"stands beside --target-{given[1]}", "give one budget")
-    if not any(step.name == "mixed" for rule in recipe.rules for step in rule.steps):
+    if not any(step.name == "mixed" for decision in plan.layers for step in decision.steps):
         raise DitcompressError("E203", f"--target-{given[0]}", f"recipe {recipe.name} has no budget", "use recipe auto")
     if size is not None:
         bits = _bits_for(parse_size(size), size, checkpoint, layout, plan)

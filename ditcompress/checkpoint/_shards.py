@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import DitcompressError, printable
@@ -116,10 +116,18 @@ def save_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def load_atomic(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of such a file and its metadata."""
-    with safe_open(str(path), "pt") as file:
-        facts = json.loads((file.metadata() or {}).get("ditcompress", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  (not a mapping)
+    """The tensors of such a file and its metadata; E503 for one that was damaged since."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("ditcompress", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> DitcompressError:
+    """E503 for a file that an interrupted run should go on from."""
+    return DitcompressError("E503", path, f"is damaged ({type(error).__name__})", "give --restart to begin anew")
 
 
 def _texts(metadata: Mapping[str, Any] | None) -> dict[str, str]:

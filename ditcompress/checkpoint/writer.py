@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DitcompressError
-from ._files import OTHER, open_regular, os_errors
+from ._files import OTHER, open_regular
+from ._files import os_errors as os_errors
 from ._shards import ShardWriter as ShardWriter  # the door for everything that writes
+from ._shards import damaged as damaged
 from ._shards import load_atomic as load_atomic
 from ._shards import save_atomic as save_atomic
 from .manifest import NAME as MANIFEST
@@ -216,6 +218,24 @@ def copy_result(folder: Path, partial: Path) -> None:
             _copy(source, partial / inside, folder)
 
 
+def linked(folder: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Put the files of a work folder into a new one as well, without a second copy where the file system can."""
+
+    def put(source: str, place: str) -> None:
+        try:
+            os.link(source, place)
+        except OSError:
+            shutil.copy2(source, place)
+
+    shutil.copytree(folder, target, copy_function=put, ignore=shutil.ignore_patterns(*leave), dirs_exist_ok=True)
+
+
+def emptied(folder: Path) -> None:
+    """Remove what is in a folder."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _copy(source: Path, target: Path, root: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(source, root) as reader, open(target, "wb") as writer:
@@ -232,7 +252,7 @@ def work_folder(target: Path, marks: Mapping[str, Any], restart: bool = False) -
     while `output_folder` holds the lock of the target.
     """
     target = Path(os.path.abspath(target))
-    folder = target.with_name(f".{target.name}.work")
+    folder = work_of(target)
     marks = json.loads(json.dumps(marks))
     if folder.is_symlink():
         raise DitcompressError("E402", folder, "is a symbolic link", "remove it")
@@ -251,6 +271,11 @@ def work_folder(target: Path, marks: Mapping[str, Any], restart: bool = False) -
         part.write_text(json.dumps(marks, sort_keys=True))
         os.replace(part, note)  # a killed run leaves a whole fingerprint or none
     return folder
+
+
+def work_of(target: Path) -> Path:
+    """Where the work folder of a target is."""
+    return target.with_name(f".{target.name}.work")
 
 
 def _read_note(note: Path) -> dict[str, Any]:

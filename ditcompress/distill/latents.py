@@ -106,6 +106,12 @@ class Latents:
         shard = bisect_right(self.ends, index)
         return self._row(self.shards[shard], index - (self.ends[shard - 1] if shard else 0))
 
+    def _finite(self, latents: Tensor) -> Tensor:
+        """The latents of one sample; E338 for NaN, which a training would otherwise blame on its learning rate."""
+        if not bool(latents.isfinite().all()):
+            raise DitcompressError("E338", self.folder, "latents with NaN or infinity", "encode the images again")
+        return latents
+
     def batch(self, step: int, size: int, part: int = 0, rows: slice = EVERY) -> Batch:
         """The states of one training step."""
         latents, targets, times, dropped = [], [], [], []
@@ -116,7 +122,7 @@ class Latents:
             draw = generator(self.seed, position, 5_000_000)
             index = int(torch.randint(len(self.noising.timesteps), (1,), generator=draw))
             dropped.append(bool(torch.rand(1, generator=draw) < self.null))
-            clean = found["latents"].float()
+            clean = self._finite(found["latents"].float())
             noised, target = self.noising(clean, torch.randn(clean.shape, generator=draw), index)
             latents.append(noised)
             targets.append(target)

@@ -14,7 +14,7 @@ class Settings(BaseModel):
     `ema` the decay of the moving average that is kept in the end (0: the weights themselves); `clip` the largest
     gradient norm; `save_every` steps between states; `optimizer` adamw8bit: moments in 8 bits (bitsandbytes)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     steps: int = Field(1000, ge=1)
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)

@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.writer import damaged, os_errors
 from ..console import Reporter, Silent
 from ..errors import DitcompressError
 from ..ranks import ALONE, Ranks
@@ -102,10 +104,10 @@ def train(
             value = _step(task, settings, optimizer, step, ranks)
             if not math.isfinite(value):
                 kept = len(_load(journal, task, optimizer, averages))
+                said = f"; the state of step {kept} is kept" if kept else ""
                 raise DitcompressError(
-                    "E703", f"training step {step}", "the loss is not finite",
-                    f"lower the learning rate; the state of step {kept} is kept",
-                )  # fmt: skip
+                    "E703", f"training step {step}", "the loss is not finite", f"lower the learning rate{said}"
+                )
             losses.append(value)
             task.after_step(step)
             for name, average in averages.items():
@@ -185,8 +187,12 @@ def _save(
     }
     if not first:
         return
-    torch.save(state, journal / "training.part")
-    os.replace(journal / "training.part", journal / "training.pt")
+    part = journal / "training.part"
+    with os_errors(part), open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, journal / "training.pt")
 
 
 def _load(
@@ -195,7 +201,11 @@ def _load(
     """Put the last state back; the losses up to it, [] where there is none."""
     if journal is None or not (journal / "training.pt").exists():
         return []
-    state = torch.load(journal / "training.pt", map_location="cpu", weights_only=True)
+    file = journal / "training.pt"
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise damaged(file, error) from None
     with torch.no_grad():
         for name, tensor in task.parameters().items():
             tensor.copy_(part_like(state["parameters"][name], tensor))

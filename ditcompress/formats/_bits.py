@@ -36,7 +36,7 @@ _LANES = {4: torch.int16, 2: torch.int32, 1: torch.int64}  # as wide as the code
 def _spread(packed: Tensor, bits: int) -> Tensor:
     """The codes of every byte, uint8 (rows, bytes * 8 / bits): each moves to a byte of its own within one wide number,
     three times as fast as writing every second byte."""
-    count, wide = 8 // bits, packed.to(_LANES[bits])
+    count, wide = 8 // bits, packed.contiguous().to(_LANES[bits])
     moved = (wide << (8 - bits) * (count - 1)).bitwise_or_(wide)
     for number in range(1, count - 1):
         moved.bitwise_or_(wide << (8 - bits) * number)

@@ -43,7 +43,7 @@ from ..registry import Registry
 class StrictParams(BaseModel):
     """Parameters from a recipe: unknown keys are refused, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 registry = Registry("ditcompress.formats", "format", ("Params", "fit", "code", "value", "pack", "unpack", "layout"))

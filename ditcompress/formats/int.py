@@ -45,7 +45,7 @@ class Params(StrictParams):
             raise ValueError(f"scale: {self.scale} needs layout: group")
         if self.scale == "uint4" and not self.symmetric and self.zero != "code":
             raise ValueError("scale: uint4 needs zero: code")
-        if self.scale == "uint4" and not self.symmetric and self.bits == 8:
+        if self.scale == "uint4" and self.bits == 8:
             raise ValueError("scale: uint4 leaves room for 7 bits; take layout: row for INT8")
         return self
 

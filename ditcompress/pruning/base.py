@@ -154,7 +154,7 @@ class Context:
                 signal.append(float(reference.double().square().sum()))
         if not all(map(math.isfinite, noise)):
             raise DitcompressError(
-                "E701", next(iter(units), "model"), "its output is not finite", "use --dtype float32"
+                "E701", next(iter(units), "model"), "its output is not finite", "use --dtype float32, or `inspect` it"
             )
         return noise, signal
 

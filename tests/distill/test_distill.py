@@ -250,6 +250,10 @@ def test_a_diverged_training_keeps_its_last_state_and_goes_on_with_a_lower_rate(
     result = api.distill(digits_folder(), half, tmp_path / "out", **{**options, "learning_rate": 1e-4})
     assert result.facts["diverged"] == [{"at": "training step 7", "learning_rate": 1e-3}]
     assert len(result.history.losses) == 12 and result.facts["options"]["learning_rate"] == 1e-4
+    monkeypatch.setattr(Student, "measure", lambda self, batch: {"output": float("nan")})
+    with pytest.raises(DitcompressError, match=r"E701.*before any training"):
+        api.distill(digits_folder(), half, tmp_path / "wild", **options)
+    monkeypatch.undo()
     with pytest.raises(DitcompressError, match="E703"):  # a rate beyond any sense
         api.distill(digits_folder(), half, tmp_path / "wild", **{**options, "learning_rate": 1e30})
 
@@ -269,7 +273,9 @@ def test_eight_bit_moments_where_the_device_has_them(half: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "code"),
     [({"steps": 0}, "E203"), ({"batch": 0}, "E203"), ({"dtype": "float16"}, "E203"), ({"loss": "task=1"}, "E203"),
-     ({"data": "/no/such"}, "E301"), ({"lora": -1}, "E203"), ({"sched": 1}, "E203")],
+     ({"data": "/no/such"}, "E301"), ({"data": "/no/such", "dry_run": True}, "E301"),
+     ({"learning_rate": float("inf")}, "E203"), ({"guidance": float("nan")}, "E203"),
+     ({"lora": -1}, "E203"), ({"sched": 1}, "E203")],
 )  # fmt: skip
 def test_options_out_of_range(tiny_dit: Path, tmp_path: Path, options: dict[str, Any], code: str) -> None:
     student = shutil.copytree(tiny_dit, tmp_path / "student")

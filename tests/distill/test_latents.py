@@ -174,6 +174,16 @@ def test_a_label_beyond_the_checked_rows_is_one_line_too(tmp_path: Path) -> None
         api.distill(digits_folder(), student, tmp_path / "out", steps=2, batch=70, data=str(folder), device="cpu")
 
 
+def test_a_nan_beyond_the_checked_rows_is_blamed_on_the_data(tmp_path: Path) -> None:
+    folder = cached(tmp_path / "d", counts=(70,))
+    tensors = load_file(folder / "0.safetensors")
+    tensors["latents"][69] = float("nan")
+    save_file(tensors, folder / "0.safetensors")
+    student = shortened(digits_folder() / "transformer", tmp_path / "student", [0])
+    with pytest.raises(DitcompressError, match=r"E338.*NaN"):
+        api.distill(digits_folder(), student, tmp_path / "out", steps=2, batch=70, data=str(folder), device="cpu")
+
+
 def test_clean_weights_are_the_slope_of_the_implied_clean_latents() -> None:
     family = families.get("dit")
     config = dict(family.tiny().config)

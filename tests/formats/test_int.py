@@ -113,3 +113,9 @@ def test_the_clip_search_never_does_worse_than_the_full_range() -> None:
         grid = fmt.fit(w, params)
         errors.append((fmt.value(fmt.code(w, grid, params), grid, params) - w).square().sum().item())
     assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_leave_no_room_for_a_number_of_the_group(symmetric: bool) -> None:
+    with pytest.raises(ValueError, match="leaves room for 7 bits"):
+        fmt.Params(bits=8, layout="group", symmetric=symmetric, scale="uint4")

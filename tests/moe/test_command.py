@@ -212,6 +212,7 @@ def test_without_training_ours_is_at_least_3_db_above_random_on_the_digits(
         (["--active", "8"], "E203", 2),
         (["--shared", "8"], "E203", 2),
         (["--distill-steps", "-1"], "E203", 2),
+        (["--distill-steps", "2", "--data", "/no/such", "--dry-run"], "E301", 3),
         (["--method", "moe-bset"], "E201", 2),
         (["--set", "method.round=3"], "E202", 2),
         (["--set", "calibration.sample=3"], "E202", 2),

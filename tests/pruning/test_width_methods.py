@@ -246,6 +246,15 @@ def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) ->
     assert "\n" not in caught.value.line()
 
 
+@pytest.mark.parametrize("name", ["obs-diff", "taylor"])
+def test_inputs_that_overflow_are_one_clear_line(name: str) -> None:
+    model = deep("dit")
+    model.get_submodule("transformer_blocks.1.ff.net.0.proj").weight.data.fill_(1e30)
+    few = ["samples=2", "steps=2"]
+    with pytest.raises(DitcompressError, match="E701 numerical"):
+        prune(model, width_ratio=0.5, width_method=name, width_overrides=few)
+
+
 def test_methods_can_be_explained() -> None:
     assert set(api.explain("width methods")["names"]) == set(registry.names())
     assert "scope" in api.explain("obs-diff")["parameters"]

@@ -87,6 +87,14 @@ def test_a_recipe_without_a_budget_refuses_a_target(tmp_path: Path) -> None:
         api.quantize(digits_folder(), "w8a16", tmp_path / "out", target_bits=4.0)
 
 
+def test_a_budget_that_no_layer_has_refuses_a_target(tmp_path: Path) -> None:
+    auto, plain = load_recipe("auto"), load_recipe("w4a16-rtn")
+    unmatched = auto.rules[0].model_copy(update={"names": ("nothing*",)})
+    recipe = auto.model_copy(update={"rules": (unmatched, *plain.rules)})
+    with pytest.raises(DitcompressError, match=r"E203.*has no budget"):
+        api.quantize(digits_folder(), recipe, tmp_path / "out", target_db=30.0, dry_run=True)
+
+
 def test_fallbacks_are_said(tmp_path: Path) -> None:
     reporter = Silent()
     overrides = ["rules.0.weight={format: int, bits: 4, layout: group, group: 36}"]

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...calibration.sensitivity import token_weights
+from ...errors import DitcompressError
 from ...models.base import Axis, Layout, Site
 from ...offload import device_of, loaded
 from ...structure import narrow_index, readers
@@ -111,6 +112,9 @@ def grams(
         else:
             with torch.no_grad(), listening(modules, lambda name, x, factor=factor: add(name, x, factor)):  # type: ignore[misc]
                 context.predict(probe)
+    for name, gram in found.items():
+        if not bool(gram.isfinite().all()):
+            raise DitcompressError("E701", name, "its input is not finite", "use --dtype float32, or `inspect` it")
     return found
 
 
