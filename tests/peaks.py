@@ -19,8 +19,8 @@ import torch
 from benchmarks.memory import sized, write_random
 from ditcompress import api
 from ditcompress.api import _memory
+from ditcompress.api._quantized import checked_plan
 from ditcompress.api.calibration import settings_of
-from ditcompress.api.compress import checked_plan
 from ditcompress.loading import open_model
 from ditcompress.models import adapter_for
 from ditcompress.offload import load_to_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ditcompress import engine, recipe
-from ditcompress.api.compress import _Memory
+from ditcompress.api._quantized import Memory
 from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import get_conditions
 from ditcompress.checkpoint.source import ModuleSource
@@ -70,7 +70,7 @@ def test_every_recipe_gives_the_same_bytes_there(name: str, model: Any, statisti
         pytest.skip("torch.quantile allocates on the device itself, past the dispatcher")
     made = []
     for device in (torch.device("cpu"), DEVICE):
-        sink = _Memory()
+        sink = Memory()
         with Pretending():
             chosen = choose(plan, layout, source.read, statistics, device=device)
             engine.run(source, layout, chosen, statistics, RecipeSteps(device=device), sink)

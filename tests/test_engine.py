@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditcompress import api, engine, recipe
-from ditcompress.api.compress import _Memory
+from ditcompress.api._quantized import Memory
 from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.loading import load_model
 from ditcompress.models import registry as families
@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
     model = family.tiny()
     source, layout = ModuleSource(model), family.layout(model)
     plan = recipe.make_plan(recipe.load_recipe("w4a16-rtn"), layout)
-    whole = _Memory()
+    whole = Memory()
     engine.run(source, layout, plan, {}, RecipeSteps(), whole)
 
     class Stops(RecipeSteps):
@@ -122,9 +122,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_tensors(tmp_path: Any) ->
             return super().encode(*args)
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(source, layout, plan, {}, Stops(), _Memory(), journal=tmp_path)
+        engine.run(source, layout, plan, {}, Stops(), Memory(), journal=tmp_path)
     assert (tmp_path / "unit-00000.safetensors").exists()
-    resumed = _Memory()
+    resumed = Memory()
     Stops.calls = 100
     outcome = engine.run(source, layout, plan, {}, Stops(), resumed, journal=tmp_path)
     assert Stops.calls < 100 + 18  # the first block was not done again
@@ -160,7 +160,7 @@ def test_blocks_that_are_taken_together_come_out_as_each_alone(monkeypatch: pyte
     found = []
     for room in (engine.WINDOW, 0):
         monkeypatch.setattr(engine, "WINDOW", room)
-        steps, sink = Counts(), _Memory()
+        steps, sink = Counts(), Memory()
         outcome = engine.run(source, layout, plan, inputs, steps, sink)
         found.append((sink.tensors, steps.sizes, outcome))
     (wide, many, first), (narrow, few, second) = found
@@ -175,13 +175,13 @@ def test_what_is_encoded_together_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     source, layout, plan, inputs = together()
     monkeypatch.setattr(engine, "BATCH", 0)
     steps = Counts()
-    engine.run(source, layout, plan, inputs, steps, _Memory())
+    engine.run(source, layout, plan, inputs, steps, Memory())
     assert set(steps.sizes) == {1}
 
 
 def test_a_window_that_was_interrupted_is_done_again_with_the_same_bytes(tmp_path: Path) -> None:
     source, layout, plan, inputs = together()
-    whole, again = _Memory(), _Memory()
+    whole, again = Memory(), Memory()
     engine.run(source, layout, plan, inputs, RecipeSteps(), whole, journal=tmp_path)
     (tmp_path / "unit-00003.safetensors").unlink()
     steps = Counts()

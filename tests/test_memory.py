@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ditcompress.api import _memory, calibrate, calibration_plan, quantize
-from ditcompress.api.compress import checked_plan
+from ditcompress.api._quantized import checked_plan
 from ditcompress.calibration.collect import CalibrationSettings
 from ditcompress.calibration.footprint import Ledger, collect_bytes, pass_bytes, statistics_bytes
 from ditcompress.calibration.statistics import flatten

@@ -5,7 +5,6 @@ Paths are diffusers model folders, pipeline folders, single safetensors files or
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,9 @@ import torch
 from torch import nn
 
 from .. import engine
-from ..calibration.collect import collect
-from ..calibration.schedulers import load_scheduler
 from ..calibration.statistics import Statistics
 from ..calibration.store import load_statistics
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.source import ModuleSource
 from ..checkpoint.writer import (
     ShardWriter,
     copy_rest,
@@ -36,50 +32,27 @@ from ..checkpoint.writer import (
 from ..console import Reporter, Silent, speaks
 from ..errors import DitcompressError
 from ..journal import VERSION as JOURNAL
-from ..loading import DitcompressConfig, apply_schemes, as_loaded, open_model, register
+from ..loading import open_model
 from ..models import adapter_for, build_meta
 from ..models.base import Layout
 from ..plan import Plan
-from ..quantization import RecipeSteps, check_plan, choose, measures, needs
+from ..quantization import RecipeSteps, choose, measures, needs
 from ..quantization._trained import Tuned
 from ..ranks import Ranks, joined
-from ..recipe import Calibration, Recipe, canonical, load_recipe, make_plan
+from ..recipe import Calibration, Recipe, canonical, load_recipe
 from ..report.card import quantized_card
-from ..sharing import copies_of, everywhere, tied
+from ..sharing import copies_of, tied
 from . import _bitsandbytes, _memory
 from ._notes import fallbacks, unfolded
-from ._training import Driven, Overlay, check_training, driven, guidance_of, learns, tune
-from .calibration import cached_statistics, conditions_for, given_files, pick_device, settings_of
+from ._quantized import QuantizeResult as QuantizeResult
+from ._quantized import checked_plan, quantized_module, with_structure
+from ._training import Overlay, driven, learns, tune
+from .calibration import cached_statistics, given_files, pick_device, settings_of
 from .q_sched import search_scheduler
 from .target import measured_db, retarget, with_target
 
 NOTES = ("prune.json", "distill.json")
 MARGIN_DB, TRIES = 0.3, 3  # at a dB target; the margin is added where the last try fell short
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What `quantize` made: `path` (None for a model in memory or a dry run), `model` (for a model in memory),
-    the plan, and one record a layer. `original_bytes` and `bytes` count stored tensors; `measured_db` is the output
-    SQNR on held-out inputs where a budget was spent, `memory_bytes` the predicted peak of a dry run."""
-
-    path: Path | None
-    model: nn.Module | None
-    plan: Plan
-    records: tuple[engine.LayerRecord, ...] = ()
-    original_bytes: int = 0
-    bytes: int = 0
-    measured_db: float | None = None
-    memory_bytes: int | None = None
-
-    @property
-    def bits(self) -> float:
-        """Stored bits per quantized weight, scales and low-rank factors included."""
-        weights = sum(r.shape[0] * r.shape[1] for r in self.records)
-        return 8 * sum(r.stored_bytes for r in self.records) / weights if weights else 0.0
-
-
-# --- quantize ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,7 +112,7 @@ def quantize(
     if chosen.staged:
         raise DitcompressError("E202", f"recipe {chosen.name}", "has stages", "call run_recipe, or `ditcompress prune`")
     if isinstance(model_or_path, nn.Module):
-        return _quantize_module(model_or_path, chosen, statistics, seed, reporter)
+        return quantized_module(model_or_path, chosen, statistics, seed, reporter)
     path = Path(model_or_path)
     pick_device(device)
     checkpoint, meta = open_model(path, allow_compressed=False)
@@ -318,25 +291,6 @@ def _describe(
     (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
-    """The recipe's plan for this model; E202 when nothing matches or a step or format is unknown."""
-    plan = make_plan(recipe, layout)
-    if recipe.options is None:
-        check_plan(plan)
-        check_training(recipe, plan)
-    if not plan.layers:
-        raise DitcompressError(
-            "E202", f"recipe {recipe.name}", "no rule matches a linear of this model", "see `inspect`"
-        )
-    return plan
-
-
-def with_structure(quantization: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The new `quantization_config` with the expert layers and widths of the model that was quantized."""
-    before = DitcompressConfig.of(config)
-    return quantization if before is None else {**quantization, **before.structure()}
-
-
 def _write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> None:
     quantization = with_structure(quantization, config)
     text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True)
@@ -370,64 +324,3 @@ def _given(statistics: str | Path | Statistics | None, checkpoint: Checkpoint) -
         what = "these statistics belong to another checkpoint"
         raise DitcompressError("E331", statistics, what, "calibrate this one")
     return found
-
-
-def _quantize_module(
-    model: nn.Module, recipe: Recipe, statistics: str | Path | Statistics | None, seed: int, reporter: Reporter
-) -> QuantizeResult:
-    """A compressed copy of a model in memory; the original is not changed."""
-    if recipe.options is not None:
-        raise DitcompressError("E205", f"recipe {recipe.name}", "writes folders only", "save the model, give its path")
-    register()
-    if recipe.scheduler_search is not None:
-        reporter.note("a model in memory has no scheduler: scheduler_search is left out; see `ditcompress q-sched`")
-    source = ModuleSource(model)
-    own = DitcompressConfig.of(source.config)
-    if source.config.get("quantization_config") is not None and (own is None or own.layers):
-        raise DitcompressError("E322", type(model).__name__, "is quantized already", "give the original model")
-    adapter = adapter_for(source.config)
-    layout = tied(adapter.layout(model), copies_of(model))
-    plan = checked_plan(recipe, layout)
-    if isinstance(statistics, (str, Path)):
-        statistics = load_statistics(Path(statistics))
-    wanted = recipe.calibration or Calibration()
-    settings = settings_of(wanted, seed)
-    by = None
-    device = next(model.parameters()).device
-    trained = learns(plan, recipe, sum(p.numel() for p in model.parameters()), str(device), reporter)
-    if (statistics is None and needs(plan)) or trained or measures(plan):
-        scheduler = load_scheduler(source.config, None, adapter, reporter)
-        given = conditions_for(source, adapter, settings, None, reporter)
-        by = Driven(model, adapter, source.config, scheduler, given, guidance_of(wanted, adapter, source.config))
-        if statistics is None and needs(plan):
-            statistics = collect(model, adapter, source.config, layout, scheduler, given, settings, reporter=reporter)
-    sink = _Memory()
-    inputs = statistics.inputs if statistics is not None else {}
-    plan = choose(plan, layout, source.read, inputs, (lambda: by.runner(seed)) if by else None, device)
-    tuned = Tuned({}, {})
-    if by is not None and trained:
-        tuned = tune(by, layout, plan, inputs, recipe, seed=seed, journal=None, reporter=reporter)
-    outcome = engine.run(
-        Overlay(source, tuned.tensors), layout, plan, inputs, RecipeSteps(tuned.encoded, device), sink,
-        seed=seed, reporter=reporter,
-    )  # fmt: skip
-    compressed = copy.deepcopy(model)
-    fields = with_structure(engine.quantization_config(recipe.name, outcome), source.config)
-    config = DitcompressConfig(**fields)
-    apply_schemes(compressed, config.layer_schemes())
-    compressed.load_state_dict(everywhere(sink.tensors, config.shared), strict=True, assign=True)
-    compressed.requires_grad_(False)
-    as_loaded(compressed.to(device), config)
-    size = sum(t.numel() * t.element_size() for t in sink.tensors.values())
-    before = sum(math.prod(header.shape) * header.dtype.itemsize for header in source.tensors.values())
-    return QuantizeResult(None, compressed.eval(), plan, outcome.records, before, size)
-
-
-class _Memory:
-    """A sink that keeps the tensors."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor

@@ -10,7 +10,7 @@ import pytest
 
 from ditcompress import api
 from ditcompress.api import compress
-from ditcompress.api.compress import checked_plan
+from ditcompress.api._quantized import checked_plan
 from ditcompress.api.target import parse_size, retarget, with_target
 from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
