@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import diffusers.quantizers.auto as auto
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -125,7 +126,14 @@ class DitcompressQuantizer(DiffusersQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        return dequantized(model)
+        changed: Any = dequantized(model)
+        config = self.quantization_config
+        assert isinstance(config, DitcompressConfig)
+        fields = {key: value for key, value in dict(changed.config).items() if key != "quantization_config"}
+        if config.structure():  # narrower layers or experts are still no plain model
+            fields["quantization_config"] = DitcompressConfig(**config.structure())
+        changed._internal_dict = FrozenDict(fields)
+        return model
 
     @property
     def is_serializable(self) -> bool:
@@ -179,16 +187,22 @@ def check_router(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """`model` with every packed linear replaced, in place, by a plain one in the dtype of its bias or float32."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            bias = module.bias
-            dtype = torch.float32 if bias is None else bias.dtype
-            linear = nn.Linear(module.in_features, module.out_features, bias is not None, dtype=dtype)
-            linear.weight.data = module.weight.to(dtype)
-            if bias is not None:
-                linear.bias.data = bias.data
-            model.set_submodule(path, linear)
+    """`model` with every packed linear replaced, in place, by a plain one in the dtype of its bias or of the model.
+    E205 where a plain linear cannot do the same."""
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for path, module in packed.items():
+        if module.scheme.output_norm:
+            raise DitcompressError("E205", path, "normalises its output, which no plain linear does", "keep it packed")
+    plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    common: Any = model.dtype if isinstance(model, diffusers.ModelMixin) else plain
+    for path, module in packed.items():
+        bias = module.bias
+        dtype = common if bias is None else bias.dtype
+        linear = nn.Linear(module.in_features, module.out_features, bias is not None, dtype=dtype)
+        linear.weight.data = module.weight.to(dtype).contiguous()
+        if bias is not None:
+            linear.bias.data = bias.data
+        model.set_submodule(path, linear)
     tie(model)
     return model
 

@@ -15,6 +15,7 @@ from ditcompress import api
 from ditcompress.api import compress
 from ditcompress.checkpoint import writer
 from ditcompress.errors import DitcompressError
+from ditcompress.evaluation import compare
 from ditcompress.loading import open_model
 from ditcompress.models import adapter_for
 
@@ -170,3 +171,22 @@ def test_a_damaged_block_names_the_way_out(tiny_dit: Path, tmp_path: Path) -> No
     unit.write_bytes(unit.read_bytes()[:40])
     with pytest.raises(DitcompressError, match=r"E503.*is damaged.*--restart"):
         api.quantize(tiny_dit, "w4a16-rtn", tmp_path / "out")
+
+
+def test_images_of_other_conditions_are_not_judged(
+    tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(**more: Any) -> Any:
+        return api.evaluate(tiny_dit, tiny_dit, tmp_path / "out", conditions=file, pairs=2, inputs=8, timesteps=2,
+                            steps=2, shown=1, extractor="none", classifier="none", fresh_process=False,
+                            cost_batches=(1,), device="cpu", **more)  # fmt: skip
+
+    file = conditions(tiny_dit, tmp_path / "c.safetensors", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(compare.denoiser, "probe", killing(0, print))
+        with pytest.raises(Killed):
+            judged()
+    conditions(tiny_dit, file, 2)
+    with pytest.raises(DitcompressError, match=r"E503.*differs in conditions"):
+        judged()
+    assert judged(restart=True)["provenance"]["conditions"]

@@ -16,8 +16,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 import ditcompress
 from ditcompress import api
 from ditcompress.checkpoint.reader import open_checkpoint
-from ditcompress.loading import load_model
-from ditcompress.models import dit
+from ditcompress.errors import DitcompressError
+from ditcompress.loading import dequantized, load_model
+from ditcompress.models import dit, registry
+from ditcompress.recipe import load_recipe
 from ditcompress.runtime.linear import PackedLinear
 
 
@@ -159,3 +161,36 @@ def test_the_packed_export_is_one_file_that_loads_alone(w4a8: Path, tmp_path: Pa
     state = other.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert facts["bytes"] == (tmp_path / "one.safetensors").stat().st_size
+
+
+def test_a_dequantized_model_is_a_plain_one(w4a8: Path, tmp_path: Path) -> None:
+    model = DiTTransformer2DModel.from_pretrained(w4a8)
+    c = model.config
+    given = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([400]), torch.tensor([1])
+    model.dequantize()
+    assert "quantization_config" not in model.config and not any(isinstance(m, PackedLinear) for m in model.modules())
+    model.save_pretrained(tmp_path / "plain")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "plain")
+    states = model.state_dict(), again.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in {*states[0], *states[1]})
+    with torch.no_grad():
+        assert torch.allclose(model(*given).sample, again(*given).sample, atol=1e-4)
+    api.quantize(model, "w4a16-rtn")  # it may be compressed again
+
+
+def test_dequantizing_keeps_the_type_of_the_model_and_refuses_what_no_linear_does(tmp_path: Path) -> None:
+    family = registry.get("generic")
+    family.tiny().save_pretrained(tmp_path / "generic")
+    api.quantize(tmp_path / "generic", "w4a16-rtn", tmp_path / "small")
+    model, _ = load_model(tmp_path / "small", dtype=torch.bfloat16)
+    kept = {name: p.dtype for name, p in dequantized(model).named_parameters()}
+    assert {kept[name] for name in kept if name.endswith(".weight") and kept[name] != torch.float32} == {torch.bfloat16}
+    given = family.random_conditions(model.config, 1, torch.Generator().manual_seed(0))
+    latents = torch.zeros(1, *family.latent_shape(model.config), dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert family.predict(model, latents, torch.tensor([400]), given).isfinite().all()
+    few = ["calibration.samples=2", "calibration.steps=2", "training.steps=1", "training.batch=2"]
+    made = api.quantize(registry.get("dit").tiny(), load_recipe("terdit", few)).model
+    assert made is not None
+    with pytest.raises(DitcompressError, match=r"E205.*normalises its output"):
+        dequantized(made)

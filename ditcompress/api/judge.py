@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from ..evaluation.quality import Sources
 from ..evaluation.settings import EvaluateSettings
 from ..ranks import Ranks, alone, joined
 from ..recipe import parse_recipe
-from .calibration import cache_folder, pick_device, pick_dtype, read_prompts
+from ._images import listing
+from .calibration import cache_folder, given_files, pick_device, pick_dtype, read_prompts
 from .compress import quantize
 
 
@@ -32,7 +35,7 @@ def parse_margins(texts: Sequence[str]) -> dict[str, float]:
             margins[name] = float(value)
         except ValueError:
             found = ""
-        if not found:
+        if not found or not math.isfinite(margins[name]):
             raise DitcompressError("E203", f"--margin {text}", "is not name=value", "for example --margin psnr=30")
     return margins
 
@@ -48,6 +51,7 @@ def evaluate(
     reference: str | Path | None = None,
     weights: str | Path | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     command: str = "",
     device: str = "auto",
     dtype: str = "float32",
@@ -58,8 +62,9 @@ def evaluate(
 
     `settings` are fields of EvaluateSettings; `reference` are real images (folder, .npz, .safetensors), `weights` a
     folder of local weights for extractors and external metrics. Profile and margins that are not given are those of
-    the recipe. With `out`, an interrupted run keeps its finished images. Under `accelerate launch` every process makes
-    its part of the images; the first one measures, writes and returns the report, the others return {}.
+    the recipe. With `out`, an interrupted run keeps its finished images (`restart` forgets them). Under `accelerate
+    launch` every process makes its part of the images; the first one measures, writes and returns the report, the
+    others return {}.
     """
     pick_dtype(dtype)
     with joined(pick_device(device)) as (ranks, place), ranks.together():
@@ -75,12 +80,12 @@ def evaluate(
             "reporter": reporter if reporter and ranks.first else Silent(),
             "ranks": ranks,
         }
-        return _evaluate(Path(original), Path(compressed), out, asked, options, overwrite, ranks)
+        return _evaluate(Path(original), Path(compressed), out, asked, options, overwrite, restart, ranks)
 
 
 def _evaluate(
     first: Path, second: Path, out: str | Path | None, asked: EvaluateSettings, options: dict[str, Any],
-    overwrite: bool, ranks: Ranks,
+    overwrite: bool, restart: bool, ranks: Ranks,
 ) -> dict[str, Any]:  # fmt: skip
     """The report's JSON, written to `out` where there is one; {} in a process that only helps."""
     from ..report.html import write_report  # matplotlib: not for other commands
@@ -90,7 +95,7 @@ def _evaluate(
         found = compare.evaluate(first, second, asked, **options)
         return {} if found is None else found.result.to_json()
     with output_folder(Path(out), overwrite=overwrite, inputs=[first, second]) as folder:
-        work = work_folder(Path(out), _marks(first, second, asked, options))
+        work = work_folder(Path(out), _marks(first, second, asked, options), restart)
         ranks.agree(None)
         found = compare.evaluate(first, second, asked, work=work, **options)
         assert found is not None
@@ -115,13 +120,15 @@ def _declared(compressed: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _marks(original: Path, compressed: Path, settings: EvaluateSettings, options: dict[str, Any]) -> dict[str, Any]:
     """What the images of an evaluation depend on."""
+    source = open_checkpoint(original)
     return {
-        "original": open_checkpoint(original).fingerprint,
+        "original": source.fingerprint,
         "compressed": open_checkpoint(compressed).fingerprint,
         "settings": settings.images_key(),
-        "conditions": str(options["conditions"]),
-        "scheduler": str(options["scheduler"]),
+        "prompts": hashlib.sha256(json.dumps(options["prompts"]).encode()).hexdigest(),
+        "vae": listing(source.pipeline / "vae") if source.pipeline else "",
         "torch": torch.__version__,
+        **given_files(options["conditions"], options["scheduler"] or source.scheduler_folder),
     }
 
 

@@ -162,6 +162,8 @@ def export(
             facts |= exporter.export(checkpoint, partial, pick_dtype(dtype))
         return facts
     target = target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+    if Path(folder).resolve() in (target.resolve(), *target.resolve().parents):
+        raise DitcompressError("E501", target, "is or lies inside the input", "give another --out")
     if target.exists() and not overwrite:
         raise DitcompressError("E501", target, "exists already", "give --overwrite or another --out")
     with output_folder(target.with_name(f".{target.name}.export"), overwrite=True) as partial:

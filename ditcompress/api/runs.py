@@ -65,11 +65,12 @@ def sample(
     device: str = "auto",
     dtype: str = "float32",
     overwrite: bool = False,
+    restart: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Images of a checkpoint in the layout that an evaluator reads; the same seed gives the same noise to every model.
 
-    An interrupted run keeps its finished images. E205 for a model of latents without its VAE.
+    An interrupted run keeps its finished images (`restart` forgets them). E205 for a model of latents without its VAE.
     """
     alone("sample")
     pick_dtype(dtype)
@@ -90,7 +91,7 @@ def sample(
             )
         marks = {"model": subject.source.fingerprint, **settings.images_key(), "torch": torch.__version__,
                  "conditions": subject.conditions.digest, "scheduler": str(subject.scheduler.config)}  # fmt: skip
-        work = work_folder(Path(out), marks)
+        work = work_folder(Path(out), marks, restart)
         images = sample_set(subject, work, count, reporter)
         labels = subject.conditions.labels
         facts = writer.write(

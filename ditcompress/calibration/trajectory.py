@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console import Reporter, Silent
+from ..errors import DitcompressError
 from ..offload import device_of
 from .conditions import Conditions
 
@@ -70,9 +71,11 @@ def prepare(scheduler: Any, steps: int, adapter: ModuleType, config: Mapping[str
         config = fresh.config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        fresh.set_timesteps(steps, mu=base + (most - base) * (tokens - low) / (high - low), **given)
-    else:
+        given["mu"] = base + (most - base) * (tokens - low) / (high - low)
+    try:
         fresh.set_timesteps(steps, **given)
+    except ValueError as error:
+        raise DitcompressError("E203", f"{steps} steps", str(error), "give fewer") from None
     return fresh
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ import typer
 from ..console import Silent, Terminal, interrupt, print_error, print_json, speaks
 from ..errors import TOLD, DitcompressError, as_ours, printable
 
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the forward passes.")]
 Offload = Annotated[str, typer.Option(help="none, cpu or disk: where blocks are while they do not run.")]
@@ -32,6 +33,16 @@ Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe value: key=value (repeatable).")]
 Conditions = Annotated[Path | None, typer.Option(help="Safetensors file with the model's forward arguments.")]
 Scheduler = Annotated[Path | None, typer.Option(help="Folder with a scheduler_config.json.")]
+
+
+def finite(value: float | None) -> float | None:
+    """For options that take any number but NaN and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number to work with")
+    return value
+
+
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="Guidance scale (default: the family's).")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Model or pipeline folder, .safetensors or DiT .pt.")]
 
 

@@ -9,7 +9,20 @@ import typer
 
 from ..console import number, print_table, print_text, size
 from . import common
-from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
+from .common import (
+    Checkpoint,
+    Conditions,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    Quiet,
+    Restart,
+    Scheduler,
+    Seed,
+)
 
 
 def compare(
@@ -59,7 +72,7 @@ def sample(
     layout: Annotated[str, typer.Option(help="images, adm, geneval or vbench; see `explain layouts`.")] = "images",
     per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the family's).")] = None,
+    guidance: common.Guidance = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
     conditions: Conditions = None,
     scheduler: Scheduler = None,
@@ -69,6 +82,7 @@ def sample(
     dtype: Dtype = "float32",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    restart: Restart = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -86,6 +100,6 @@ def sample(
             return
         facts = api.sample(
             checkpoint, out, prompts=prompts, conditions=conditions, scheduler=scheduler, overwrite=overwrite,
-            reporter=common.reporter(quiet, as_json), **options,
+            restart=restart, reporter=common.reporter(quiet, as_json), **options,
         )  # fmt: skip
         common.emit(as_json, facts, lambda: print_text(f"{facts['images']} images ({layout}): {out}"))

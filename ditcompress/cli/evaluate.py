@@ -11,7 +11,7 @@ import typer
 from ..console import number, print_error, print_table, print_text, size
 from ..errors import CODES
 from . import common
-from .common import Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
+from .common import Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Restart, Scheduler, Seed
 
 EXIT = {"PASS": 0, "FAIL": 8, "INCONCLUSIVE": 9}
 
@@ -24,7 +24,7 @@ def evaluate(
     images: Annotated[int | None, typer.Option(min=2, help="Images for T4 (default: 1000, 10000 on a GPU).")] = None,
     inputs: Annotated[int, typer.Option(min=8, help="Held-out inputs of the denoiser probe.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the family's).")] = None,
+    guidance: common.Guidance = None,
     quick: Annotated[bool, typer.Option("--quick", help="64 pairs by default, no distribution metrics.")] = False,
     full: Annotated[bool, typer.Option("--full", help="1000 pairs by default, fresh-noise floor for T4.")] = False,
     profile: Annotated[str, typer.Option(help="auto (the recipe's), fidelity, fidelity-latent or quality.")] = "auto",
@@ -32,7 +32,9 @@ def evaluate(
     gate: Annotated[bool, typer.Option("--gate", help="Exit 8 on FAIL, 9 on INCONCLUSIVE.")] = False,
     reference: Annotated[Path | None, typer.Option(help="Real images: folder, .npz or .safetensors.")] = None,
     extractor: Annotated[str, typer.Option(help="auto, none, or NAME[:ARG]; see `explain extractors`.")] = "auto",
-    extractor_floor: Annotated[float, typer.Option(help="Least held-out accuracy of an extractor.")] = 0.9,
+    extractor_floor: Annotated[
+        float, typer.Option(callback=common.finite, help="Least held-out accuracy of an extractor.")
+    ] = 0.9,
     classifier: Annotated[str, typer.Option(help="auto, none or module:function.")] = "auto",
     external: Annotated[list[str] | None, typer.Option(help="External metric to run, or all (repeatable).")] = None,
     weights_dir: Annotated[Path | None, typer.Option(help="Local weights, pinned in its SHA256SUMS.")] = None,
@@ -46,6 +48,7 @@ def evaluate(
     dtype: Dtype = "float32",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    restart: Restart = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -67,7 +70,7 @@ def evaluate(
             return
         result = api.evaluate(
             original, compressed, out, conditions=conditions, scheduler=scheduler, prompts=prompts,
-            reference=reference, weights=weights_dir, overwrite=overwrite, command=command_line(),
+            reference=reference, weights=weights_dir, overwrite=overwrite, restart=restart, command=command_line(),
             reporter=common.reporter(quiet, as_json), **options,
         )  # fmt: skip
         if result:  # one of several processes has it

@@ -162,7 +162,7 @@ def _stored(layer: PackedLinear | DecodedLinear, weights: int) -> dict[str, Any]
     return {
         "bits": 8 * layer.stored_bytes / weights,
         "format": f"{spec.format}{spec.params.get('bits', '')}",
-        "activation": "float" if inputs.mode == "none" else f"int{inputs.bits} per {inputs.mode}",
+        "activation": str(inputs),
         "kernel": choose(layer.scheme, subject_device(layer)),
     }
 

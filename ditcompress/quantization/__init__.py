@@ -137,7 +137,10 @@ def check_plan(plan: Plan) -> None:
     for decision in plan.layers:
         validated(resolve_format(decision), decision.weight.params, f"format {decision.weight.format}")
         for step in decision.steps:
-            step_module(step)
+            chosen = getattr(step_module(step)[0], "SETS", None)
+            if chosen is not None and chosen not in resolve_format(decision).Params.model_fields:
+                what = f"{step.name} chooses {chosen}, which format {decision.weight.format} does not have"
+                raise DitcompressError("E202", decision.reason, what, "give another format, or leave the step out")
         encoder_of(decision)
         if decision.rank and not getattr(registry.get(encoder_of(decision).name), "LOW_RANK", False):
             able = [name for name in registry.names() if getattr(registry.get(name), "LOW_RANK", False)]

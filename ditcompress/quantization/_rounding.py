@@ -26,15 +26,16 @@ BLOCK = 64  # columns updated together: the update outside the block is one matr
 
 
 def damped(gram: Tensor, damp: float, where: str) -> Tensor:
-    """Gram + damp * mean diagonal on the diagonal; a dead channel (zero diagonal) gets 1 there.
+    """Gram + damp * mean diagonal on the diagonal; a dead channel (zero diagonal) gets 1 there, so that a matrix of
+    zeros rounds every weight to nearest.
 
-    Raises E701 when the matrix has no finite positive diagonal.
+    Raises E701 when the matrix has no finite diagonal without negative values.
     """
     diagonal = gram.diagonal()
     mean = diagonal.mean()
-    if not torch.isfinite(gram).all() or mean <= 0:
-        raise DitcompressError("E701", where, "its Gram matrix is not finite or all zero", "calibrate again")
-    hessian = gram / mean
+    if not torch.isfinite(gram).all() or mean < 0:
+        raise DitcompressError("E701", where, "its Gram matrix is not finite", "calibrate again")
+    hessian = gram / mean if mean > 0 else gram
     ridge = torch.where(diagonal > 0, torch.full_like(diagonal, damp), torch.ones_like(diagonal))
     return hessian + torch.diag(ridge)
 

@@ -10,6 +10,8 @@ one or more phases:
     encode_many(layers, params) -> Encoded of each     optional: of weights of equal shape, format, rank and parameters
                                            together, each as `encode` would give it alone up to rounding of sums
 
+and `SETS`, where `choose` sets a parameter of the weight's format: its name, which the format must have.
+
 Shapes: weight (out, in); the input X is (tokens, in); smoothing uses X / s and W * s.
 """
 
@@ -28,6 +30,7 @@ from ..formats.base import PackedWeight, StrictParams, dequantize, resolve
 from ..hadamard import rotate
 from ..plan import LayerDecision, StepSpec
 from ..registry import Registry, nearest
+from ..runtime.activation import TINY
 
 registry = Registry("ditcompress.quantization", "step", ("Params", "NEEDS"))
 
@@ -153,8 +156,8 @@ def range_scale(layer: Layer) -> tuple[Tensor, Tensor | None]:
         divisor = 1 if layer.smooth is None else layer.smooth
         low, high = (statistics.low / divisor).min(), (statistics.high / divisor).max()
     if spec.symmetric:
-        return (torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)).reshape(1).float(), None
-    scale = (high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)
+        return (torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)).reshape(1).float().clamp_min(TINY), None
+    scale = ((high.clamp_min(0) - low.clamp_max(0)) / (2**spec.bits - 1)).clamp_min(TINY)
     return scale.reshape(1).float(), torch.round(-low.clamp_max(0) / scale).reshape(1).float()
 
 

@@ -20,6 +20,7 @@ from ..plan import LayerDecision, WeightSpec
 from .base import Layer
 
 NEEDS: tuple[str, ...] = ()
+SETS = "element"  # of the weight's format
 LOG_RATIOS = {"e1m2": 2.81, "e2m1": 3.58, "e3m0": 6.0}  # log2 of largest / smallest positive value
 
 

@@ -26,9 +26,12 @@ class Params(StrictParams):
 
 
 def alternate(layer: Layer, rounds: int) -> tuple[Tensor, Grid, Tensor, Tensor]:
-    """Codes, grid, L (out, r) and R (r, in) of the unsmoothed weight."""
+    """Codes, grid, L (out, r) and R (r, in) of the unsmoothed weight, or of the rotated one where nothing is smoothed.
+    E202 for both: a rotation mixes the channels that the smoothing would be folded into."""
+    if layer.sign is not None and layer.smooth is not None:
+        raise DitcompressError("E202", layer.name, "loftq smooths after rounding, not under a rotation", "drop one")
     fmt, format_params = resolve(layer.decision.weight)
-    weight = layer.weight.float()
+    weight = layer.weight.float() if layer.sign is None else layer.effective_weight()
     rank = layer.decision.rank
     up, down = weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1])
     for _ in range(rounds if rank else 1):

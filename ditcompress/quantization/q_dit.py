@@ -21,6 +21,7 @@ from ._trial import trial
 from .base import Layer
 
 NEEDS = ("gram", "tokens")
+SETS = "group"  # of the weight's format
 
 
 class Params(StrictParams):

@@ -25,6 +25,7 @@ from ._runner import Runner
 from .base import Layer
 
 NEEDS: tuple[str, ...] = ()
+SETS = "bits"  # of the weight's format
 METRIC = {"cross": "text", "temporal": "time", "self": "quality", "ffn": "quality"}
 
 

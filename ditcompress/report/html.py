@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from . import figures, plots
 from .card import evaluated_card
 
 Images = Mapping[str, Sequence[tuple[int, Tensor, Tensor]]]
+SCHEMA = Path(__file__).parent / "schema.json"
 
 
 def write_report(folder: Path, result: Mapping[str, Any], images: Images) -> None:
@@ -48,18 +50,30 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Images]:
         raise DitcompressError(
             "E323", folder / "report.json", f"is no report of schema {SCHEMA_VERSION}", "run evaluate again"
         )
+    missing = sorted(set(json.loads(SCHEMA.read_text())["required"]) - set(result))
+    if missing:
+        what = f"has no {', '.join(missing)}"
+        raise DitcompressError("E323", folder / "report.json", what, "run evaluate again")
+    return result, _read_images(folder / "images.safetensors")
+
+
+def _read_images(file: Path) -> Images:
+    """E323 for a file that `write_report` did not write."""
     images: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
-    if (folder / "images.safetensors").is_file():
-        for name, pair in sorted(load_file(folder / "images.safetensors").items()):
+    try:
+        for name, pair in sorted(load_file(file).items()) if file.is_file() else ():
             kind, _, index = name.split("/")
             images.setdefault(kind, []).append((int(index), pair[0], pair[1]))
-    return result, images
+    except (SafetensorError, ValueError, IndexError, OSError) as error:
+        raise DitcompressError("E323", file, f"is damaged ({type(error).__name__})", "run evaluate again") from None
+    return images
 
 
 def _triples(images: Images, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Image sections: random pairs, then the worst, each as original, compressed and amplified difference."""
     psnr = result["pairs"].get("psnr", [])
     labels = result["pairs"].get("labels")
+    images = {kind: [(i, a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)) for i, a, b in images[kind]] for kind in images}
     everything = [tensor for rows in images.values() for _, a, b in rows for tensor in (a, b)]
     if not everything:
         return []

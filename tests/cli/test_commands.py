@@ -64,6 +64,8 @@ def test_usage_errors_are_one_line() -> None:
     assert "did you mean 'damp'" in fails(
         2, "E202", "recipes", "validate", "w8a8", "--set", "rules.0.steps=[{gptq: {dmp: 1}}]"
     )
+    for more in (["--seed", -1], ["--guidance", "nan"], ["--margin", "psnr=nan"], ["--extractor-floor", "inf"]):
+        assert str(more[0]) in fails(2, "E203", "evaluate", "x", "y", *more)
     assert run("--version").stdout.startswith("ditcompress ")
 
 

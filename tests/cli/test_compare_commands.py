@@ -159,3 +159,16 @@ def test_samples_that_cannot_be_made_are_one_line(tiny_dit: Path, tmp_path: Path
     refused("E301", "none", "sample", tmp_path / "none", "-o", out, *QUICK)
     refused("E203", "needs prompts", "sample", digits_folder(), "-o", out, *QUICK, "--layout", "geneval")
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))
+
+
+def test_a_damaged_report_is_one_line(reports: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(reports[0], tmp_path / "report")
+    images = folder / "images.safetensors"
+    images.write_bytes(images.read_bytes()[:100])
+    refused("E323", "damaged", "report", folder)
+    shutil.copy(reports[0] / "images.safetensors", images)
+    facts = json.loads((folder / "report.json").read_text())
+    del facts["speed"]
+    (folder / "report.json").write_text(json.dumps(facts))
+    refused("E323", "has no speed", "report", folder)
+    refused("E323", "has no speed", "compare", folder, reports[1])

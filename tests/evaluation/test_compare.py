@@ -123,8 +123,8 @@ def test_a_planted_fault_fails(fault: str, tmp_path: Path) -> None:
 
 def test_outputs_that_are_not_finite_fail(tmp_path: Path) -> None:
     broken = damaged(digits_folder(), tmp_path / "nan", lambda t: t["proj_out_2.bias"].fill_(float("inf")))
-    result = api.evaluate(digits_folder(), broken, **SMALL)
-    assert result["verdict"] == "FAIL"
+    result = api.evaluate(digits_folder(), broken, tmp_path / "out", **SMALL)
+    assert result["verdict"] == "FAIL" and (tmp_path / "out" / "report.html").is_file()
     assert {c["name"]: c["passed"] for c in result["integrity"]}["finite outputs"] is False
 
 

@@ -70,3 +70,10 @@ def test_a_compressed_pipeline_becomes_a_plain_pipeline(tmp_path: Path) -> None:
             weight = transformer.get_submodule(name).weight
             assert type(transformer.get_submodule(name)) is torch.nn.Linear
             assert torch.allclose(weight, module.weight, rtol=1e-6)
+
+
+def test_a_file_inside_the_input_is_refused(w4a8: Path) -> None:
+    before = sorted(w4a8.iterdir())
+    with pytest.raises(DitcompressError, match=r"E501.*lies inside the input"):
+        api.export(w4a8, w4a8 / "other", "safetensors")
+    assert sorted(w4a8.iterdir()) == before
