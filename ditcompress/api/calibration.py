@@ -193,6 +193,7 @@ def cached_statistics(
         "conditions": _digest(conditions),
         "scheduler": scheduler_digest(Path(scheduler) if scheduler else checkpoint.scheduler_folder),
         "dtype": dtype,
+        **({"text": _text_files(checkpoint.pipeline)} if checkpoint.pipeline and conditions is None else {}),
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
@@ -207,6 +208,13 @@ def cached_statistics(
         with output_folder(folder, overwrite=True) as partial:
             save_statistics(partial, statistics)
     return statistics
+
+
+def _text_files(pipeline: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of what prompts are encoded with: too large to be read for a digest."""
+    parts = [part for name in ("text_encoder*", "tokenizer*") for part in pipeline.glob(name)]
+    files = sorted(file for part in parts for file in part.rglob("*") if file.is_file())
+    return [(str(file.relative_to(pipeline)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _cached(folder: Path, reporter: Reporter) -> Statistics | None:

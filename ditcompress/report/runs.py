@@ -137,6 +137,9 @@ def compare_facts(runs: Sequence[Run], x: str, y: str) -> dict[str, Any]:
 
 
 def run_names(folders: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The compressed models' names; folder names where two are alike."""
+    """The compressed models' names; where two are alike the folders', or their whole paths."""
     names = [str(r["provenance"]["compressed"]["name"]) for r in results]
-    return names if len(set(names)) == len(names) else [folder.resolve().name for folder in folders]
+    for found in (names, [folder.resolve().name for folder in folders]):
+        if len(set(found)) == len(found):
+            return found
+    return [str(folder) for folder in folders]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ditcompress import api
 from ditcompress.calibration.conditions import Conditions, get_conditions
 from ditcompress.calibration.text import from_pipeline
 from ditcompress.checkpoint.reader import open_checkpoint
+from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.models import adapter_for, flux, pixart, sd3
 
@@ -141,6 +143,13 @@ def test_a_pipeline_is_quantized_with_its_own_prompts(pipeline: Path, tmp_path: 
     assert done.path is not None
     reloaded = diffusers.DiffusionPipeline.from_pretrained(done.path, **absent(pipeline), torch_dtype=torch.float32)
     assert type(reloaded.transformer).__name__ == type(PIPELINES[pipeline.name]().transformer).__name__
+    for change in (False, True):  # another text encoder makes other conditions of the same prompts
+        copied, reporter = tmp_path / str(change), Silent()
+        shutil.copytree(pipeline, copied)  # with its times
+        if change:
+            os.utime(copied / "text_encoder" / "config.json", (1, 1))
+        api.quantize(copied, "w4a8", tmp_path / f"{change}-out", overrides=little, reporter=reporter)
+        assert any("earlier run are used" in note for note in reporter.notes) != change
 
 
 def test_an_unknown_pipeline_asks_for_a_conditions_file(pipeline: Path, tmp_path: Path) -> None:

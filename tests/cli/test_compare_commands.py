@@ -16,6 +16,7 @@ import torch
 
 from ditcompress import api
 from ditcompress.evaluation.digits import digits_folder
+from ditcompress.report.runs import run_names
 
 from ..commands import run
 
@@ -172,3 +173,10 @@ def test_a_damaged_report_is_one_line(reports: tuple[Path, Path], tmp_path: Path
     (folder / "report.json").write_text(json.dumps(facts))
     refused("E323", "has no speed", "report", folder)
     refused("E323", "has no speed", "compare", folder, reports[1])
+
+
+def test_runs_are_told_apart_by_their_paths_where_nothing_else_differs() -> None:
+    model = {"provenance": {"compressed": {"name": "w4a8"}}}
+    folders = [Path("a") / "report", Path("b") / "report"]
+    assert run_names(folders, [model, model]) == [str(folder) for folder in folders]
+    assert run_names([Path("one"), Path("two")], [model, model]) == ["one", "two"]
