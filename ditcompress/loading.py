@@ -19,6 +19,7 @@ import diffusers
 import diffusers.quantizers.auto as auto
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -193,8 +194,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     for path, module in packed.items():
         if module.scheme.output_norm:
             raise DitcompressError("E205", path, "normalises its output, which no plain linear does", "keep it packed")
-    plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    common: Any = model.dtype if isinstance(model, diffusers.ModelMixin) else plain
+    common = get_parameter_dtype(model)
     for path, module in packed.items():
         bias = module.bias
         dtype = common if bias is None else bias.dtype

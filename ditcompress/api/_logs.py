@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writer import work_of
 from ..console import Reporter
 from ..distill.trainer import Log
 
@@ -56,7 +57,7 @@ def divergences(journal: Path) -> list[dict[str, Any]]:
 
 def lowered(target: Path, marks: Mapping[str, Any]) -> dict[str, Any]:
     """`marks` with the learning rate that the states of a diverged run were begun with, if the new one is lower."""
-    found = divergences(target.absolute().with_name(f".{target.name}.work"))
+    found = divergences(work_of(target.absolute()))
     rates = [float(row["learning_rate"]) for row in found]
     if rates and marks["learning_rate"] < rates[-1]:
         return {**marks, "learning_rate": rates[0]}

@@ -54,9 +54,6 @@ class QuantizeResult:
         return 8 * sum(r.stored_bytes for r in self.records) / weights if weights else 0.0
 
 
-# --- quantize ------------------------------------------------------------------------------------------------------
-
-
 def checked_plan(recipe: Recipe, layout: Layout) -> Plan:
     """The recipe's plan for this model; E202 when nothing matches or a step or format is unknown."""
     plan = make_plan(recipe, layout)

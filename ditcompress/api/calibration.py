@@ -190,9 +190,8 @@ def cached_statistics(
         "version": VERSION,
         "model": checkpoint.fingerprint,
         "settings": asdict(settings),
-        "conditions": _digest(conditions),
-        "scheduler": scheduler_digest(Path(scheduler) if scheduler else checkpoint.scheduler_folder),
         "dtype": dtype,
+        **given_files(conditions, scheduler, checkpoint),
         **({"text": _text_files(checkpoint.pipeline)} if checkpoint.pipeline and conditions is None else {}),
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
@@ -237,9 +236,10 @@ def scheduler_digest(folder: Path | None) -> str:
     return _digest(file if file.is_file() else folder / "scheduler" / "scheduler_config.json")
 
 
-def given_files(conditions: str | Path | None, scheduler: str | Path | None) -> dict[str, str]:
-    """Digests of what a run was given beside its model, for the marks of what an interrupted run goes on from."""
-    return {"conditions": _digest(conditions), "scheduler": scheduler_digest(Path(scheduler) if scheduler else None)}
+def given_files(conditions: str | Path | None, scheduler: str | Path | None, checkpoint: Checkpoint) -> dict[str, str]:
+    """Digests of what a run reads beside the weights of its model: earlier work serves it only where they are equal."""
+    folder = Path(scheduler) if scheduler else checkpoint.scheduler_folder
+    return {"conditions": _digest(conditions), "scheduler": scheduler_digest(folder)}
 
 
 def _digest(path: str | Path | None) -> str:

@@ -69,7 +69,7 @@ class _Chain:
                 "torch": torch.__version__,
                 "data": "" if data == TRAJECTORIES else listing(Path(data)), "dtype": self.dtype,
                 "device": str(pick_device(self.device)),
-                **given_files(self.conditions, self.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
+                **given_files(self.conditions, self.scheduler, checkpoint)}  # fmt: skip
 
 
 def run_recipe(

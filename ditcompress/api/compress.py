@@ -257,7 +257,7 @@ def _encoded(
     marks = {"model": checkpoint.fingerprint, "recipe": canonical(recipe), "seed": job.seed,
              "device": str(device), "torch": torch.__version__,
              "statistics": "" if found is None else found.digest, "journal": JOURNAL, "dtype": job.dtype,
-             **given_files(job.conditions, job.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
+             **given_files(job.conditions, job.scheduler, checkpoint)}  # fmt: skip
     journal = _journal(job, marks)
     with kept_work(journal):
         tuned = Tuned({}, {})

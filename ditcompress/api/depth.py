@@ -214,7 +214,7 @@ class _Job:
         """What an interrupted run must have in common with this one."""
         return {**self.settings(), "seed": self.seed, "fingerprint": checkpoint.fingerprint,
                 "torch": torch.__version__,
-                **given_files(self.conditions, self.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
+                **given_files(self.conditions, self.scheduler, checkpoint)}  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         return {"method": self.name, "ratio": self.ratio, "by": self.by, "params": self.params.model_dump()}

@@ -214,7 +214,7 @@ class _Run:
             **self.options.model_dump(exclude={"save_every"}),
             "blocks": facts["blocks"],
             "files": "" if self.options.data == TRAJECTORIES else listing(Path(self.options.data)),
-            **given_files(self.conditions, self.scheduler_folder),
+            **given_files(self.conditions, self.scheduler, self.pair.teacher),
             "torch": torch.__version__,
         }
 

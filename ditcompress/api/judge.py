@@ -128,7 +128,7 @@ def _marks(original: Path, compressed: Path, settings: EvaluateSettings, options
         "prompts": hashlib.sha256(json.dumps(options["prompts"]).encode()).hexdigest(),
         "vae": listing(source.pipeline / "vae") if source.pipeline else "",
         "torch": torch.__version__,
-        **given_files(options["conditions"], options["scheduler"] or source.scheduler_folder),
+        **given_files(options["conditions"], options["scheduler"], source),
     }
 
 

@@ -163,7 +163,7 @@ def _write(job: Job, checkpoint: Checkpoint, layout: Layout, left: list[str], ov
              "distill": job.distill, "layers": job.plan.to_json(),
              "data": None if job.data is None else listing(job.data), "dtype": job.dtype,
              "device": str(pick_device(job.device)),
-             **given_files(job.conditions, job.scheduler or checkpoint.scheduler_folder)}  # fmt: skip
+             **given_files(job.conditions, job.scheduler, checkpoint)}  # fmt: skip
     manifest = {"moe": {k: marks[k] for k in ("method", "params", "distill")}, "seed": job.seed,
                 "input": {"fingerprint": checkpoint.fingerprint}}  # fmt: skip
     with output_folder(

@@ -9,20 +9,7 @@ import typer
 
 from ..console import number, print_table, print_text, size
 from . import common
-from .common import (
-    Checkpoint,
-    Conditions,
-    Debug,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Overwrite,
-    Quiet,
-    Restart,
-    Scheduler,
-    Seed,
-)
+from .common import Checkpoint, Conditions, Debug, Device, DryRun, Dtype, Json, Overwrite, Quiet, Scheduler, Seed
 
 
 def compare(
@@ -82,7 +69,7 @@ def sample(
     dtype: Dtype = "float32",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
-    restart: Restart = False,
+    restart: common.Restart = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -222,10 +222,10 @@ def as_int8(tensors: Mapping[str, Tensor], params: Params, shape: tuple[int, int
     codes = unpack_bits(tensors["qweight"], params.bits, shape[1])
     codes = torch.nn.functional.pad(codes, (0, spare)) if spare else codes
     if params.symmetric:
-        codes = codes + _code_range(params)[0] % 256
+        codes += _code_range(params)[0] % 256  # never the stored tensor: fewer than 8 bits are unpacked into a new one
         units = codes.view(torch.int8).reshape(shape[0], groups, -1)
     else:
         zero = unpack_bits(tensors["zero"], params.bits, groups)
-        units = (codes.reshape(shape[0], groups, -1) - zero.unsqueeze(-1)).view(torch.int8)
+        units = codes.reshape(shape[0], groups, -1).sub_(zero.unsqueeze(-1)).view(torch.int8)
     units = units.mul_(_scales.numbers(tensors, groups).view(torch.int8).unsqueeze(-1))
     return units.reshape(shape[0], -1)[:, : shape[1]], tensors["row_scale"].float()

@@ -27,8 +27,9 @@ from ._shared import rounded_once
 from .base import Layer, Made, finished
 
 SAYS = "integer product of INT8 tokens and INT8 weights (oneDNN)"
-PART, TOKENS = 2048, 2048  # rows of a weight that is decoded, and tokens, at a time: what fits into the caches
-SUMS = 2**22  # sums at a time: above 32 MB glibc asks the system for new pages at every call, which takes as long again
+# Rows of a weight, and tokens, at a time: decoded rows stay in the caches, and above 32 MB of sums glibc asks the
+# system for new pages at every call, which takes as long again.
+PART, TOKENS = 2048, 2048
 # (tokens, in, out): oneDNN picks its kernel by shape; one token and several, whole and ragged tiles
 _TRIED = ((1, 64, 16), (5, 67, 19), (64, 256, 64))
 
@@ -73,8 +74,7 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     shape = x.shape
     met, (flat, scales, zeros) = rounded_once(layer, x, _tokens, dtype)
     tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
-    decodes = "codes" not in made and layer.stored_tensors()["qweight"].dtype != torch.int8
-    size = _columns(layer.out_features, PART if decodes else SUMS // TOKENS)
+    size = _columns(layer.out_features, PART)
     rank, bias = layer.scheme.rank, layer.bias
     y = torch.empty(len(flat), layer.out_features, dtype=torch.float32 if rank else dtype, device=x.device)
     for start in range(0, layer.out_features, size):
