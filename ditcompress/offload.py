@@ -110,6 +110,9 @@ class Parts(Mapping[str, Tensor]):
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.changed: dict[str, Tensor] = {}  # values that stand for those of the checkpoint
         self.watched: dict[int, tuple[StorageWeakRef, str]] | None = None  # storages handed out, while that matters
+        self.watchers = 0
+        self.held: dict[str, Tensor] | None = None  # what was read of the block `held_of`, while others will ask for it
+        self.held_of = ""
 
     def header(self, name: str) -> Tensor:
         """A tensor on the meta device with the shape and dtype of the loaded one."""
@@ -119,15 +122,28 @@ class Parts(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.names[name]  # KeyError for others: accelerate asks for names that may not be there
-        if name in self.changed:
-            value = self.changed[name]
-        else:
-            value = self.weights.cast(stored, self.kept[stored]) if stored in self.kept else self.weights[stored]
-        value = value.to(self.device)
+        value = self._held(name, stored)
         if self.watched is not None:
             storage = value.untyped_storage()
             self.watched[storage._cdata] = (StorageWeakRef(storage), name)
         return value
+
+    def _held(self, name: str, stored: str) -> Tensor:
+        if self.held is None:
+            return self._read(name, stored)
+        block = block_of(name, self.blocks)
+        if block != self.held_of:
+            self.held, self.held_of = {}, block
+        if name not in self.held:
+            self.held[name] = self._read(name, stored)
+        return self.held[name]
+
+    def _read(self, name: str, stored: str) -> Tensor:
+        if name in self.changed:
+            value = self.changed[name]
+        else:
+            value = self.weights.cast(stored, self.kept[stored]) if stored in self.kept else self.weights[stored]
+        return value.to(self.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -137,16 +153,31 @@ class Parts(Mapping[str, Tensor]):
 
 
 @contextmanager
+def holding(model: nn.Module) -> Iterator[None]:
+    """Inside, what is read of an offloaded block stays until another block is read."""
+    parts: Parts = getattr(model, ATTRIBUTE)
+    if parts.held is not None:
+        yield
+        return
+    parts.held, parts.held_of = {}, ""
+    try:
+        yield
+    finally:
+        parts.held = None
+
+
+@contextmanager
 def reread(model: nn.Module) -> Iterator[None]:
     """A forward and its backward pass inside keep no weight of an offloaded block; a resident model is left as it is.
 
-    A storage is known by its address, which a weak reference keeps from being used again while the context lasts.
+    A storage is known by its address, which a weak reference keeps from being used again while the context lasts; of
+    several contexts at a time, until the last one ends.
     """
     parts: Parts | None = getattr(model, ATTRIBUTE, None)
     if parts is None:
         yield
         return
-    handed: dict[int, tuple[StorageWeakRef, str]] = {}
+    handed: dict[int, tuple[StorageWeakRef, str]] = {} if parts.watched is None else parts.watched
 
     def pack(tensor: Tensor) -> Any:
         known = handed.get(tensor.untyped_storage()._cdata)
@@ -158,12 +189,14 @@ def reread(model: nn.Module) -> Iterator[None]:
         name, *view = packed
         return parts[name].as_strided(*view)
 
-    parts.watched = handed
+    parts.watched, parts.watchers = handed, parts.watchers + 1
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        parts.watched = None
+        parts.watchers -= 1
+        if not parts.watchers:
+            parts.watched = None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from ditcompress.api import _memory, calibrate, calibration_plan, quantize
 from ditcompress.api._quantized import checked_plan
 from ditcompress.calibration.collect import CalibrationSettings
-from ditcompress.calibration.footprint import Ledger, collect_bytes, pass_bytes, statistics_bytes
+from ditcompress.calibration.footprint import Ledger, collect_bytes, follow, pass_bytes, statistics_bytes
 from ditcompress.calibration.statistics import flatten
+from ditcompress.calibration.walking import Abreast
 from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.loading import open_model
@@ -78,9 +80,15 @@ def test_every_family_can_be_followed_without_data(family: str) -> None:
     adapter = registry.get(family)
     one, four = (pass_bytes(config, adapter, rows, torch.float32) for rows in (1, 4))
     assert 2 * one < four < 4.5 * one
-    assert pass_bytes(config, adapter, 4, torch.float32, backward=True) > four
+    layout = adapter.layout(model)
+    back = pass_bytes(config, adapter, 4, torch.float32, backward=True)
+    assert back > four
+    assert follow(config, adapter, 4, torch.float32, backward="blockwise", blocks=layout.blocks).peak < 0.7 * back
     settings = CalibrationSettings(samples=4, weighting="fisher")
-    assert collect_bytes(config, adapter, adapter.layout(model), settings, torch.float32) > four
+    whole, alone = collect_bytes(config, adapter, layout, settings, torch.float32)
+    assert whole > four and alone == Abreast()
+    more = replace(settings, samples=20)  # in batches of 16 and 4; of eight images of a batch come gradients
+    assert collect_bytes(config, adapter, layout, more, torch.float32, offloaded=True)[1] == Abreast(2, 4)
 
 
 def test_statistics_are_as_large_as_predicted(tiny_dit: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from ..calibration.collect import CalibrationSettings
 from ..calibration.footprint import Hook, branches_of, collect_bytes, pass_bytes, statistics_bytes
+from ..calibration.walking import Abreast
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter, Silent, size
 from ..engine import WINDOW, most_together
@@ -51,20 +54,28 @@ class Memory:
         return f"predicted peak memory beside the program's own: {size(self.total)} ({parts})"
 
 
-def weight_bytes(checkpoint: Checkpoint, meta: nn.Module, layout: Layout, dtype: torch.dtype, offload: str) -> int:
-    """Peak bytes of the weights of a model that is loaded as `dtype` and run."""
+def weight_bytes(
+    checkpoint: Checkpoint, meta: nn.Module, layout: Layout, dtype: torch.dtype, offload: str, held: bool = False
+) -> int:
+    """Peak bytes of the weights of a model that is loaded as `dtype` and run; `held`: an offloaded block stays as a
+    whole while several passes run it."""
     packed, resident, inside, largest = stored_dtypes(meta), 0, 0, 0
+    blocks: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
         stored, count = entry.stop - entry.start, entry.stop - entry.start
         if name not in packed and entry.dtype.is_floating_point:
             count = stored // entry.dtype.itemsize * dtype.itemsize
         largest = max(largest, count + (stored if count != stored else 0))
-        if offload == "none" or not block_of(name, layout.blocks):
+        block = block_of(name, layout.blocks)
+        blocks[block] = blocks.get(block, 0) + count
+        if offload == "none" or not block:
             resident += count
         elif offload == "cpu":
             inside += stored
     converted = checkpoint.total_bytes if checkpoint.memory is not None else 0
-    return resident + inside + converted + (largest if offload != "none" else 0)
+    blocks.pop("", None)
+    whole = max(blocks.values(), default=0) if held else 0
+    return resident + inside + converted + (largest + whole if offload != "none" else 0)
 
 
 def tell(reporter: Reporter, predict: Callable[[], Memory]) -> None:
@@ -94,9 +105,20 @@ def of_calibration(
 ) -> Memory:  # fmt: skip
     """Of gathering statistics on the CPU."""
     adapter = adapter_for(checkpoint.config)
-    passes = collect_bytes(checkpoint.config, adapter, layout, settings, dtype)
-    weights = weight_bytes(checkpoint, meta, layout, dtype, offload)
+    passes, abreast = collect_bytes(checkpoint.config, adapter, layout, settings, dtype, offloaded=offload != "none")
+    weights = weight_bytes(
+        checkpoint, meta, layout, dtype, offload, held=abreast.batches > 1 or settings.weighting == "fisher"
+    )
     return _memory(weights, statistics_bytes(layout, settings), passes, offload)
+
+
+def abreast(
+    checkpoint: Checkpoint, adapter: ModuleType, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype
+) -> Abreast:
+    """How many passes of an offloaded model go together; one, where they cannot be followed without data."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        return collect_bytes(checkpoint.config, adapter, layout, settings, dtype, offloaded=True)[1]
+    return Abreast()
 
 
 def of_pruning(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +25,13 @@ from ..ranks import ALONE, Ranks
 from ..routed import everything_runs
 from ..runtime.moe import MoEFeedForward, routed_parts
 from .collector import CalibrationSettings as CalibrationSettings
-from .collector import Collector, Share
+from .collector import Collector
 from .conditions import Conditions
 from .idle import fill_idle
-from .sensitivity import token_weights
 from .statistics import InputStatistics, Statistics, flatten, unflatten
-from .trajectory import Sampling, StepRecord, generator, prepare, sample
+from .walking import Abreast, Pass, Walker, meta_of, walk_together
 
-FISHER_IMAGES, FISHER_CHUNK = 8, 4  # images of a batch that get a backward pass, and how many at once
+WALK = "walk."  # of names in a saved state
 STEP_OFFSETS = (0, -1, 1, -2, 2)
 SAVE_EVERY_S = 20.0
 
@@ -75,53 +74,41 @@ def collect(
     journal: Path | None = None,
     reporter: Reporter | None = None,
     ranks: Ranks = ALONE,
+    abreast: Abreast | None = None,
 ) -> Statistics:
     """Statistics of `settings.samples` trajectories. With a journal folder an interrupted pass goes on where it was
     last saved, with the same result to the bit.
 
+    `abreast`: how many batches go through an offloaded model together. Sums of several batches are then added step by
+    step, which differs from batch by batch by float rounding.
+
     Of several processes each runs its images of every batch, and the first one has the result (the others: empty
-    statistics), equal to that of one process but for rounding. It saves for all, so that a pass may go on with another
-    number of processes; a failure of one is raised in all at the end of the batch.
+    statistics), equal to that of one process but for rounding. It saves for all, after a batch, so that a pass may go
+    on with another number of processes; a failure of one is raised in all at the end of the batch.
     """
-    run = _Run(model, adapter, config, scheduler, conditions, settings, layout, ranks)
-    batches = run.batches()
-    done = ranks.lead(lambda: run.restore(journal))
-    handles = _attach(model, layout, run.collector)
-    saved = time.monotonic()
+    collector = Collector(settings)
+    passes = Pass(model, adapter, config, scheduler, conditions, settings, layout, collector)
+    run = _Run(passes, ranks, abreast or Abreast(), journal)
+    handles = _attach(model, layout, collector)
     try:
-        with (reporter or Silent()).task("calibrate", sum(steps for _, steps in batches)) as advance:
-            advance(sum(steps for _, steps in batches[:done]))
-            for number in range(done, len(batches)):
-                with ranks.together():
-                    run.batch(number, *batches[number], advance)
-                late = time.monotonic() - saved > SAVE_EVERY_S and number + 1 < len(batches)
-                if ranks.agree(journal is not None and late):
-                    run.save(journal, number + 1)
-                    saved = time.monotonic()
+        run.all(reporter or Silent())
     finally:
         for handle in handles:
             handle.remove()
-    run.collector.merge(ranks)
+    collector.merge(ranks)
     return run.result() if ranks.first else Statistics({}, {}, run.meta())
 
 
-@dataclass
 class _Run:
-    model: nn.Module
-    adapter: ModuleType
-    config: Mapping[str, Any]
-    scheduler: Any
-    conditions: Conditions
-    settings: CalibrationSettings
-    layout: Layout
-    ranks: Ranks = ALONE
+    """A pass over all batches, `abreast.batches` at a time."""
 
-    def __post_init__(self) -> None:
-        self.collector = Collector(self.settings)
+    def __init__(self, passes: Pass, ranks: Ranks, abreast: Abreast, journal: Path | None) -> None:
+        self.passes, self.ranks, self.abreast, self.journal = passes, ranks, abreast, journal
+        self.settings, self.collector = passes.settings, passes.collector
         self.timesteps: list[list[float]] = []
-        self.range = float(self.scheduler.config.get("num_train_timesteps", 1000))
-        given = self.settings.guidance
-        self.guidance = self.adapter.default_guidance(self.config) if given is None else given
+        self.done = 0  # batches
+        self.waiting: dict[str, Any] = {}  # what was saved of batches on their way
+        self.saved = time.monotonic()
 
     def batches(self) -> list[tuple[list[int], int]]:
         """Images and number of steps of each batch."""
@@ -136,114 +123,66 @@ class _Run:
             for n, i in enumerate(starts)
         ]
 
-    def batch(self, number: int, images: list[int], steps: int, advance: Callable[[int], None]) -> None:
-        """One batch along its trajectory. The trajectory is recorded by a hook that runs before each forward, so the
-        statistics are those of the forward passes that really happen."""
-        places = self.ranks.own(range(len(images)))
-        sampling = Sampling(steps, self.guidance, self.settings.seed, self.settings.batch)
-        plan = _Steps(self, images, steps, number)
-        self.timesteps.append(plan.times)
-        if not places:
-            return
-        share = None if self.ranks.count == 1 else self.share(places, len(images))
-        plan.begin(0, share)
+    def all(self, reporter: Reporter) -> None:
+        """Every batch that is not done yet."""
+        batches = self.batches()
+        self.ranks.lead(self.restore)
+        self.done = self.ranks.share(self.done)
+        with reporter.task("calibrate", sum(steps for _, steps in batches)) as advance:
+            advance(sum(steps for _, steps in batches[: self.done]))
+            while self.done < len(batches):
+                numbers = range(self.done, min(self.done + self.abreast.batches, len(batches)))
+                with self.ranks.together():
+                    self.group(numbers, batches, advance)
+                if self.ranks.agree(self._due() and self.done < len(batches)):
+                    self.save([])
 
-        def on_step(record: StepRecord) -> None:
-            if self.settings.weighting == "fisher":
-                rows = None if plan.rows is None else plan.rows[record.index]
-                self.weigh(record, images, places, rows, plan.seed(record.index))
-            advance(1)
-            if record.index + 1 < len(plan.times):
-                plan.begin(record.index + 1, share)
-
-        try:
-            sample(
-                self.model,
-                self.adapter,
-                self.config,
-                self.scheduler,
-                self.conditions,
-                sampling,
-                indices=[images[place] for place in places],
-                on_step=on_step,
-            )
-        finally:
-            self.collector.active = False
-
-    @property
-    def guided(self) -> bool:
-        return self.conditions.null is not None and self.guidance != 1
-
-    def share(self, places: Sequence[int], size: int) -> Share:
-        """The rows of these places in a batch of `size`, conditional branch first."""
-        rows = torch.tensor(places)
-        return Share(torch.cat([rows, rows + size]), 2 * size) if self.guided else Share(rows, size)
-
-    def weigh(
-        self, record: StepRecord, images: list[int], places: Sequence[int], rows: Tensor | None, seed: int
+    def group(
+        self, numbers: Sequence[int], batches: Sequence[tuple[list[int], int]], advance: Callable[[int], None]
     ) -> None:
-        """Add this step's sensitivity-weighted Gram matrices, a few images at a time; `rows` (len(images),) are those
-        that count at this step, None all; `places` those that this process runs."""
-        self.collector.active = False
-        counted = list(range(len(images))) if rows is None else rows.nonzero().flatten().tolist()
-        for start in range(0, min(len(counted), FISHER_IMAGES), FISHER_CHUNK):
-            chunk = counted[start : start + FISHER_CHUNK]
-            self.collector.weighed += len(chunk) * (1 + self.guided)
-            few = [place for place in chunk if place in places]
-            if not few:
-                continue
-            given = self.conditions.take([images[place] for place in few])
-            latents = record.model_input[[places.index(place) for place in few]]
-            cond = dict(given.cond)
-            if self.guided and given.null is not None:
-                cond = {name: torch.cat([tensor, given.null[name]]) for name, tensor in cond.items()}
-                latents = torch.cat([latents, latents])
-            timestep = record.timestep.to(latents.device).expand(len(latents))
-            among = None if len(few) == len(chunk) else self.share([chunk.index(place) for place in few], len(chunk))
-            self._weigh(latents, timestep, cond, seed + start, among)
+        """Some batches along their trajectories, from where they were saved."""
+        walkers = []
+        for number in numbers:
+            images, steps = batches[number]
+            walkers.append(Walker(self.passes, number, images, steps, self.ranks.own(range(len(images)))))
+            self.timesteps.append(walkers[-1].times)
+        self._go_on(walkers, advance)
+        while not all(walker.ended for walker in walkers):
+            advance(walk_together(walkers, self.passes, self.abreast))
+            if self.ranks.count == 1 and self._due() and not all(walker.ended for walker in walkers):
+                self.save(walkers)
+        self.done += len(numbers)
 
-    def _weigh(
-        self, latents: Tensor, timestep: Tensor, cond: Mapping[str, Tensor], seed: int, among: Share | None
-    ) -> None:
-        """Of a few images; all their inputs are dropped before the next ones are run."""
-        rows = None if among is None else (among.rows, among.size)
-        found = token_weights(self.model, self.adapter, self.layout, latents, timestep, cond, seed, rows)
-        for key, parts in found.items():
-            for x, weight in parts:
-                self.collector.weigh(key, x, weight)
-
-    def bucket(self, index: int, steps: int, timestep: float) -> int:
-        """The step itself where there is a bucket for each, else an equal part of the time range."""
-        if self.settings.buckets >= steps and self.settings.policy == "all":
-            return index
-        return min(int(timestep / self.range * self.settings.buckets), self.settings.buckets - 1)
+    def _due(self) -> bool:
+        return self.journal is not None and time.monotonic() - self.saved > SAVE_EVERY_S
 
     def complete(self) -> None:
         """Inputs that routing never reached, or whose linear a routed attention does not call: those of one more batch
         in which everything runs."""
-        wanted = {s.input_key for s in self.layout.sites if s.block} - set(self.collector.inputs)
-        routed = any(not isinstance(part, MoEFeedForward) for part in routed_parts(self.model).values())
+        wanted = {s.input_key for s in self.passes.layout.sites if s.block} - set(self.collector.inputs)
+        model, layout = self.passes.model, self.passes.layout
+        routed = any(not isinstance(part, MoEFeedForward) for part in routed_parts(model).values())
         if not wanted or not routed:
             return
-        main, times = self.collector, list(self.timesteps)
-        self.collector = Collector(self.settings)
-        handles = _attach(self.model, self.layout, self.collector)
+        extra = Collector(self.settings)
+        other = _Run(replace(self.passes, collector=extra), ALONE, Abreast(), None)
+        handles = _attach(model, layout, extra)
         try:
-            with everything_runs(self.model):
-                self.batch(0, *self.batches()[0], lambda steps: None)
-            self.collector.average()
+            with everything_runs(model):
+                other.group([0], self.batches(), lambda steps: None)
+            extra.average()
         finally:
             for handle in handles:
                 handle.remove()
-            extra, self.collector, self.timesteps = self.collector.inputs, main, times
-        main.inputs.update({key: value for key, value in extra.items() if key in wanted})
+        main = self.collector
+        main.inputs.update({key: value for key, value in extra.inputs.items() if key in wanted})
 
     def result(self) -> Statistics:
-        self.ranks = ALONE  # one process fills in what is missing
+        """One process fills in what is missing."""
         self.collector.average()
         self.complete()
         counted = {key for key, value in self.collector.inputs.items() if value.gram is not None and value.gram.any()}
-        fill_idle(self.model, self.layout, self.collector.inputs, self.settings.grams)
+        fill_idle(self.passes.model, self.passes.layout, self.collector.inputs, self.settings.grams)
         inputs = {key: self.collector.inputs[key] for key in sorted(self.collector.inputs)}
         blocks = {k: (t[:, 0] / t[:, 1].clamp_min(1)).float() for k, t in sorted(self.collector.similarity.items())}
         for (
@@ -256,59 +195,48 @@ class _Run:
         return Statistics(inputs, blocks, self.meta())
 
     def meta(self) -> dict[str, Any]:
-        return {"settings": asdict(self.settings), "guidance": self.guidance, "timesteps": self.timesteps}
+        return meta_of(self.passes, self.timesteps)
 
-    def save(self, journal: Path | None, done: int) -> None:
-        """The first process's state is that of all; the others go on with nothing."""
+    def save(self, walkers: Sequence[Walker]) -> None:
+        """The first process's state is that of all, and the others go on with nothing; with the batches on their way,
+        if every one of them has a file form."""
+        states = [walker.state() for walker in walkers]
+        if None in states:
+            return
         self.collector.merge(self.ranks)
-        self.ranks.lead(lambda: None if journal is None else self._save(journal, done))
+        self.ranks.lead(lambda: self._save([state for state in states if state is not None]))
+        self.saved = time.monotonic()
 
-    def _save(self, journal: Path, done: int) -> None:
-        part = Statistics(self.collector.inputs, self.collector.similarity)
-        facts = {"done": done, "timesteps": self.timesteps, "weighed": self.collector.weighed}
-        save_atomic(journal / "state.safetensors", flatten(part), facts)
+    def _save(self, states: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        assert self.journal is not None
+        tensors = flatten(Statistics(self.collector.inputs, self.collector.similarity))
+        for place, (held, _) in enumerate(states):
+            tensors |= {f"{place}|{WALK}{name}": tensor for name, tensor in held.items()}
+        facts = {
+            "done": self.done, "timesteps": self.timesteps[: self.done], "weighed": self.collector.weighed,
+            "walks": [kept for _, kept in states],
+        }  # fmt: skip
+        save_atomic(self.journal / "state.safetensors", tensors, facts)
 
-    def restore(self, journal: Path | None) -> int:
-        """Number of batches that are already counted."""
-        path = journal / "state.safetensors" if journal is not None else None
+    def restore(self) -> None:
+        """What was counted before an interruption."""
+        path = self.journal / "state.safetensors" if self.journal is not None else None
         if path is None or not path.exists():
-            return 0
+            return
         tensors, facts = load_atomic(path)
         part = unflatten(tensors, {})
         self.collector.inputs, self.collector.similarity = part.inputs, part.blocks
         self.timesteps, self.collector.weighed = facts["timesteps"], facts["weighed"]
-        return int(facts["done"])
+        self.done, self.waiting = int(facts["done"]), {"walks": facts.get("walks", []), "tensors": tensors}
 
-
-class _Steps:
-    """What each step of one batch counts as."""
-
-    def __init__(self, run: _Run, images: Sequence[int], steps: int, number: int) -> None:
-        self.run, self.images, self.number = run, list(images), number
-        times = prepare(run.scheduler, steps, run.adapter, run.config).timesteps
-        self.times = [float(t) for t in times]
-        self.rows = self._normal() if run.settings.policy == "normal" else None
-
-    def _normal(self) -> list[Tensor]:
-        """For each step the images whose drawn timestep is nearest to it."""
-        run, times = self.run, torch.tensor(self.times)
-        drawn = torch.stack([
-            0.4 * run.range + 0.4 * run.range * torch.randn(1, generator=generator(run.settings.seed, image, 10**6))[0]
-            for image in self.images
-        ]).clamp(0, run.range - 1)  # fmt: skip
-        nearest = (drawn[:, None] - times[None]).abs().argmin(1)
-        return [nearest == index for index in range(len(times))]
-
-    def begin(self, index: int, share: Share | None) -> None:
-        run, timestep = self.run, self.times[index]
-        rows = None
-        if self.rows is not None:
-            rows = self.rows[index].repeat(2) if run.guided else self.rows[index]
-        run.collector.begin(run.bucket(index, len(self.times), timestep), rows, self.seed(index), share)
-
-    def seed(self, index: int) -> int:
-        """A seed of its own for every batch and step."""
-        return (self.run.settings.seed * 1_000_003 + self.number) * 10_007 + index
+    def _go_on(self, walkers: Sequence[Walker], advance: Callable[[int], None]) -> None:
+        """Put batches where they were when they were saved."""
+        saved, self.waiting = self.waiting, {}
+        for place, kept in enumerate(saved.get("walks", [])):
+            start = f"{place}|{WALK}"
+            held = {name[len(start) :]: t for name, t in saved["tensors"].items() if name.startswith(start)}
+            walkers[place].go_on(held, kept)
+            advance(walkers[place].at)
 
 
 def _fill_unread(value: InputStatistics) -> None:

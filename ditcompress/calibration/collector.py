@@ -12,6 +12,7 @@ once a process.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,17 @@ class Share:
     size: int
 
 
+class _Now(threading.local):
+    """What the forward pass of this thread counts as."""
+
+    def __init__(self) -> None:
+        self.bucket = 0
+        self.rows: Tensor | None = None  # images of the batch that count at this step; None: all
+        self.share: Share | None = None  # the rows of the batch that this process runs; None: all
+        self.source = torch.Generator()
+        self.active = False
+
+
 class Collector:
     """Running statistics of every input, fed by forward hooks."""
 
@@ -58,23 +70,25 @@ class Collector:
         self.settings = settings
         self.inputs: dict[str, InputStatistics] = {}
         self.similarity: dict[str, Tensor] = {}
-        self.bucket = 0
-        self.rows: Tensor | None = None  # images of the batch that count at this step; None: all
-        self.share: Share | None = None  # the rows of the batch that this process runs; None: all
-        self.source = torch.Generator()
-        self.active = False
+        self.now = _Now()
         self.weighed = 0  # rows of the batches whose tokens were weighted, of all processes
 
     def begin(self, bucket: int, rows: Tensor | None, seed: int, share: Share | None = None) -> None:
-        """What the next forward pass counts as; `rows` are those of the whole batch, `share` is this process's part."""
-        self.bucket, self.rows, self.share, self.active = bucket, rows, share, True
-        self.source.manual_seed(seed)
+        """What this thread's next forward pass counts as; `rows` are those of the whole batch, `share` is this
+        process's part."""
+        now = self.now
+        now.bucket, now.rows, now.share, now.active = bucket, rows, share, True
+        now.source.manual_seed(seed)
+
+    def end(self) -> None:
+        """Nothing counts until the next `begin`."""
+        self.now.active = False
 
     def see(self, key: str, x: Tensor) -> None:
         """Take one input (batch, ..., K)."""
-        if not self.active:
+        if not self.now.active:
             return
-        share, rows = self.share, self.rows
+        share, rows = self.now.share, self.now.rows
         whole = len(x) if share is None else len(x) // len(share.rows) * share.size
         counted = rows if rows is not None and len(rows) == whole else None
         ids, count = None, 0
@@ -96,11 +110,11 @@ class Collector:
         if count == 0:
             return None
         settings, channels = self.settings, tokens.shape[1]
-        offset = int(torch.randint(count, (1,), generator=self.source))
+        offset = int(torch.randint(count, (1,), generator=self.now.source))
         stride = max(1, count // GRAM_TOKENS)
         scale = count / len(range(offset % stride, count, stride))
-        pick = torch.randint(count, (min(self._quota(), TOKENS_A_PASS, count),), generator=self.source)
-        priority = torch.rand(len(pick), generator=self.source)
+        pick = torch.randint(count, (min(self._quota(), TOKENS_A_PASS, count),), generator=self.now.source)
+        priority = torch.rand(len(pick), generator=self.now.source)
         if len(tokens) == 0:
             return None
         if ids is None:
@@ -112,7 +126,7 @@ class Collector:
             pick, priority = place[mine], priority[mine]
         low = torch.full((settings.buckets, channels), float("inf"))
         high = torch.full((settings.buckets, channels), float("-inf"))
-        low[self.bucket], high[self.bucket] = tokens.amin(0).cpu(), tokens.amax(0).cpu()
+        low[self.now.bucket], high[self.now.bucket] = tokens.amin(0).cpu(), tokens.amax(0).cpu()
         gram = None
         if settings.grams and settings.weighting == "fisher":
             gram = torch.zeros(channels, channels)  # filled by `weigh`
@@ -122,7 +136,7 @@ class Collector:
         return InputStatistics(
             low, high, part.double().sum(0).cpu() * scale,
             torch.tensor([float(scale * len(part))], dtype=torch.float64),
-            gram, tokens[pick].cpu(), torch.full((len(pick),), self.bucket, dtype=torch.int32), priority,
+            gram, tokens[pick].cpu(), torch.full((len(pick),), self.now.bucket, dtype=torch.int32), priority,
         )  # fmt: skip
 
     def weigh(self, key: str, x: Tensor, weight: Tensor) -> None:
@@ -147,7 +161,7 @@ class Collector:
 
     def _add(self, known: InputStatistics, new: InputStatistics) -> InputStatistics:
         """Both sets of tokens; the Gram matrix is added in place."""
-        b = self.bucket
+        b = self.now.bucket
         known.low[b], known.high[b] = torch.minimum(known.low[b], new.low[b]), torch.maximum(known.high[b], new.high[b])
         if known.gram is not None and new.gram is not None:
             known.gram.add_(new.gram)
@@ -163,11 +177,11 @@ class Collector:
 
     def see_block(self, block: str, x: Tensor, y: Tensor) -> None:
         """Cosine similarity of a block's input and output, averaged over tokens, summed by bucket with a count."""
-        if self.active and x.shape == y.shape:
+        if self.now.active and x.shape == y.shape:
             table = self.similarity.setdefault(block, torch.zeros(self.settings.buckets, 2, dtype=torch.float64))
             value = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).mean().double().cpu()
-            part = 1.0 if self.share is None else len(self.share.rows) / self.share.size
-            table[self.bucket] += torch.stack([value, torch.ones_like(value)]) * part
+            part = 1.0 if self.now.share is None else len(self.now.share.rows) / self.now.share.size
+            table[self.now.bucket] += torch.stack([value, torch.ones_like(value)]) * part
 
     # --- several processes --------------------------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ autograd saves, what the collector's own arithmetic needs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -19,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models import build_meta
 from ..models.base import Layout
-from .collect import FISHER_CHUNK
+from .blockwise import cut
 from .collector import GRAM_TOKENS, TOKENS_A_PASS, CalibrationSettings
+from .walking import FISHER_CHUNK, FISHER_IMAGES, Abreast
 
+HELD = 1 << 30  # bytes of hidden states of passes that go through an offloaded model together
 ONE_ROW = ("modulation", "time_embedding")  # roles that see one row a sample
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
@@ -64,12 +68,31 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
 
+@dataclass(frozen=True)
+class Followed:
+    """Bytes of one pass beside the weights: at most; at most at the entrance of a block; and those that a pass which is
+    cut at the blocks keeps for its way back."""
+
+    peak: int
+    between: int = 0
+    kept: int = 0
+
+
 def pass_bytes(
     config: Mapping[str, Any], adapter: ModuleType, rows: int, dtype: torch.dtype, *, backward: bool = False,
     hooks: Mapping[str, Hook] | None = None,
 ) -> int:  # fmt: skip
     """Peak bytes of one prediction for `rows` latents beside the weights: activations, conditions and what `hooks` (by
     module path, as of a forward hook) make. `backward`: with the gradient of the latents."""
+    return follow(config, adapter, rows, dtype, backward="whole" if backward else "none", hooks=hooks).peak
+
+
+def follow(
+    config: Mapping[str, Any], adapter: ModuleType, rows: int, dtype: torch.dtype, *,
+    backward: Literal["none", "whole", "blockwise"] = "none", hooks: Mapping[str, Hook] | None = None,
+    blocks: Sequence[str] = (), dropped: Callable[[], None] | None = None,
+) -> Followed:  # fmt: skip
+    """As `pass_bytes`, with what is held between `blocks`. `dropped` is called after each of them on the way back."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     generator = torch.Generator().manual_seed(0)
@@ -77,19 +100,35 @@ def pass_bytes(
     latents = torch.zeros(rows, *adapter.latent_shape(config))
     plain = {key: value for key, value in config.items() if key != "quantization_config"}  # experts choose by values
     empty = build_meta(plain).requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.set_grad_enabled(backward):
+    between, kept = [0], 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.set_grad_enabled(backward != "none"):
         model = _without_data(empty, dtype)
-        handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in (hooks or {}).items()]
+        modules = dict(model.named_modules())  # of a model with experts the dense one
+        handles = [modules[path].register_forward_hook(hook) for path, hook in (hooks or {}).items() if path in modules]
         given = {name: fake.from_tensor(tensor) for name, tensor in cond.items()}
         timestep = fake.from_tensor(torch.full((rows,), 500))
-        with Ledger(model) as ledger:
-            x = fake.from_tensor(latents).clone().requires_grad_(backward)
-            output = adapter.predict(model, x, timestep, {name: tensor.clone() for name, tensor in given.items()})
-            if backward:
+        with ExitStack() as stack:
+            ledger = stack.enter_context(Ledger(model))
+            for path in blocks:
+                block = model.get_submodule(path)
+                handles.append(block.register_forward_pre_hook(lambda module, args: between.append(ledger.now)))
+            x = fake.from_tensor(latents).clone().requires_grad_(backward != "none")
+            with ExitStack() as inner:
+                graph = inner.enter_context(cut(model, blocks)) if backward == "blockwise" else None
+                output = adapter.predict(model, x, timestep, {name: tensor.clone() for name, tensor in given.items()})
+            kept = ledger.now
+            if graph is not None:
+
+                def again(run: Callable[[], None]) -> None:
+                    run()
+                    (dropped or (lambda: None))()
+
+                graph.backward(output.float().sum(), again, nullcontext)
+            elif backward == "whole":
                 output.float().sum().backward()
         for handle in handles:
             handle.remove()
-    return ledger.peak
+    return Followed(ledger.peak, max(between), kept)
 
 
 def _without_data(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -122,6 +161,8 @@ def fisher_hooks(layout: Layout) -> tuple[dict[str, Hook], list[Tensor]]:
     kept: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
         kept.append(args[0].detach())
@@ -139,17 +180,32 @@ def branches_of(config: Mapping[str, Any], adapter: ModuleType, guidance: float 
 
 
 def collect_bytes(
-    config: Mapping[str, Any], adapter: ModuleType, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype
-) -> int:
-    """Peak bytes of the calibration's passes beside weights and statistics."""
+    config: Mapping[str, Any], adapter: ModuleType, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype,
+    *, offloaded: bool = False,
+) -> tuple[int, Abreast]:  # fmt: skip
+    """Peak bytes of the calibration's passes beside weights and statistics, and how many passes of an offloaded model
+    go together: as many as hold `HELD` bytes between its blocks, one at least."""
     branches = branches_of(config, adapter, settings.guidance)
+    blocks = layout.blocks if offloaded else ()
     rows = branches * min(settings.batch, settings.samples)
-    found = pass_bytes(config, adapter, rows, dtype, hooks=collector_hooks(layout, settings))
+    found = follow(config, adapter, rows, dtype, hooks=collector_hooks(layout, settings), blocks=blocks)
+    batches = _together(found.between, -(-settings.samples // settings.batch)) if offloaded else 1
+    peak = found.peak + (batches - 1) * found.between
     if settings.weighting != "fisher":
-        return found
-    hooks, _ = fisher_hooks(layout)
-    few = branches * min(FISHER_CHUNK, settings.samples)
-    return max(found, pass_bytes(config, adapter, few, dtype, backward=True, hooks=hooks))
+        return peak, Abreast(batches)
+    hooks, held = fisher_hooks(layout)
+    images = min(settings.samples, settings.batch, FISHER_CHUNK)
+    way: Literal["blockwise", "whole"] = "blockwise" if offloaded else "whole"
+    back = follow(
+        config, adapter, branches * images, dtype, backward=way, hooks=hooks, blocks=blocks, dropped=held.clear
+    )
+    jobs = batches * -(-min(settings.batch, settings.samples, FISHER_IMAGES) // FISHER_CHUNK)
+    backward = _together(back.kept, jobs) if offloaded else 1
+    return max(peak, back.peak + (backward - 1) * back.kept), Abreast(batches, backward)
+
+
+def _together(held: int, most: int) -> int:
+    return max(1, min(most, HELD // max(held, 1)))
 
 
 def statistics_bytes(layout: Layout, settings: CalibrationSettings) -> int:

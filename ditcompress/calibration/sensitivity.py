@@ -9,7 +9,8 @@ Fisher approximation of Hessian-based rounding, as in OBD and its successors, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -18,27 +19,34 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import Layout
-from ..offload import reread
+from ..offload import ATTRIBUTE, holding, reread
+from .blockwise import can_be_cut, cut
+
+See = Callable[[str, Tensor, Tensor], None]
 
 
 class TokenWeights:
-    """Inputs and squared output gradients of every linear during one forward and backward pass."""
+    """Inputs and squared output gradients of every linear during one forward and backward pass of this thread."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
         self.weights: dict[str, list[Tensor]] = {}
+        self.thread, self.deaf = threading.get_ident(), False
         self.handles = []
         for site in layout.sites:
             self.handles.append(model.get_submodule(site.name).register_forward_hook(self._hook(site.input_key)))
 
     def _hook(self, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if threading.get_ident() != self.thread or not torch.is_grad_enabled():
+                return output
             if not output.requires_grad:  # layers that see only time and condition start a graph of their own
                 output = output.detach().requires_grad_(True)
             weights = self._place(key, args[0].detach())
 
             def seen(gradient: Tensor) -> None:
-                weights.add_(gradient.detach().float().square().mean(-1))
+                if not self.deaf:
+                    weights.add_(gradient.detach().float().square().mean(-1))
 
             output.register_hook(seen)
             return output
@@ -61,6 +69,30 @@ class TokenWeights:
     def __exit__(self, *args: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Gradients that arrive inside do not count."""
+        self.deaf = True
+        try:
+            yield
+        finally:
+            self.deaf = False
+
+    @contextmanager
+    def apart(self, see: See) -> Iterator[None]:
+        """What is found inside goes to `see` at the end and is dropped."""
+        kept, (self.inputs, self.weights) = (self.inputs, self.weights), ({}, {})
+        try:
+            yield
+            self.tell(see)
+        finally:
+            self.inputs, self.weights = kept
+
+    def tell(self, see: See) -> None:
+        for key, parts in self.pairs().items():
+            for x, weight in parts:
+                see(key, x, weight)
 
     def pairs(self) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
         """For each input key its inputs (..., K) and the token weights (...)."""
@@ -97,12 +129,46 @@ def token_weights(
 
     `among`: the latents are these rows (n,) of so many, and their directions are those they have there.
     """
-    generator = torch.Generator().manual_seed(seed)
     with frozen(model), torch.enable_grad(), TokenWeights(model, layout) as found:
-        output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond).float()
-        flat = output.flatten(1)
-        rows, size = (slice(None), len(flat)) if among is None else among
-        direction = torch.randn(size, flat.shape[1], generator=generator)[rows].to(flat.device)
-        loss = (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum()
-        loss.backward()
+        output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond)
+        _loss(output, seed, among).backward()
         return found.pairs()
+
+
+def see_token_weights(
+    model: nn.Module,
+    adapter: ModuleType,
+    layout: Layout,
+    latents: Tensor,
+    timestep: Tensor,
+    cond: Mapping[str, Tensor],
+    seed: int,
+    among: tuple[Tensor, int] | None,
+    see: See,
+) -> None:
+    """`see(key, x, weight)` of what `token_weights` gives. An offloaded model is run block by block: memory holds what
+    enters its blocks and the inside of one of them, and each block is read twice."""
+    if getattr(model, ATTRIBUTE, None) is None or not can_be_cut(model):
+        for key, parts in token_weights(model, adapter, layout, latents, timestep, cond, seed, among).items():
+            for x, weight in parts:
+                see(key, x, weight)
+        return
+    with frozen(model), holding(model), torch.enable_grad(), TokenWeights(model, layout) as found:
+        with cut(model, layout.blocks) as graph:
+            output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond)
+
+        def again(run: Callable[[], None]) -> None:
+            with found.apart(see):
+                run()
+
+        graph.backward(_loss(output, seed, among), again, found.muted)
+        found.tell(see)
+
+
+def _loss(output: Tensor, seed: int, among: tuple[Tensor, int] | None) -> Tensor:
+    """Sum over samples of <v, y / |y|>."""
+    flat = output.float().flatten(1)
+    rows, size = (slice(None), len(flat)) if among is None else among
+    direction = torch.randn(size, flat.shape[1], generator=torch.Generator().manual_seed(seed))[rows].to(flat.device)
+    loss: Tensor = (direction * flat / flat.detach().norm(dim=1, keepdim=True)).sum()
+    return loss

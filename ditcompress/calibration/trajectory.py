@@ -140,6 +140,7 @@ class Walk:
         noise = initial_noise(adapter.latent_shape(config), sampling.seed, images)
         scale = float(getattr(self.sampler, "init_noise_sigma", 1.0))
         self.start = noise.to(device_of(model)) * scale
+        self.fresh = self.remember()
 
     @property
     def count(self) -> int:
@@ -166,6 +167,31 @@ class Walk:
     def recall(self, state: Mapping[str, Any]) -> None:
         """Put `remember`'s state back."""
         vars(self.sampler).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """`remember`'s state as tensors and JSON, without what steps do not change; None where a step has made
+        something that is neither."""
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for key, value in vars(self.sampler).items():
+            parts = value if isinstance(value, list) else [value]
+            if all(isinstance(part, (Tensor, int, float, bool, str, type(None))) for part in parts):
+                held = {f"{key}.{n}": part.contiguous() for n, part in enumerate(parts) if isinstance(part, Tensor)}
+                tensors |= held
+                plain = [str(part.device) if isinstance(part, Tensor) else part for part in parts]
+                facts[key] = [isinstance(value, list), [f"{key}.{n}" in held for n in range(len(parts))], plain]
+            elif value is not self.fresh.get(key):
+                return None
+        return tensors, facts
+
+    def go_on(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Put back what `stored` gave."""
+        for key, (listed, held, plain) in facts.items():
+            parts = [
+                tensors[f"{key}.{n}"].to(part) if is_held else part
+                for n, (is_held, part) in enumerate(zip(held, plain, strict=True))
+            ]
+            setattr(self.sampler, key, parts if listed else parts[0])
 
 
 def predict_branches(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from ditcompress.calibration import collect as module
+from ditcompress.calibration import walking as module
 from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import get_conditions
 from ditcompress.calibration.trajectory import Sampling, sample
@@ -49,13 +49,13 @@ def test_parameters_take_gradients_again_after_a_failed_pass(monkeypatch: pytest
 
 def test_the_normal_policy_weighs_each_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed: list[tuple[int, int]] = []
-    inner = module.token_weights
+    inner = module.see_token_weights
 
-    def spy(model: Any, adapter: Any, layout: Any, latents: Any, timestep: Any, *rest: Any) -> Any:
+    def spy(model: Any, adapter: Any, layout: Any, latents: Any, timestep: Any, *rest: Any) -> None:
         weighed.append((int(timestep[0]), len(latents)))
-        return inner(model, adapter, layout, latents, timestep, *rest)
+        inner(model, adapter, layout, latents, timestep, *rest)
 
-    monkeypatch.setattr(module, "token_weights", spy)
+    monkeypatch.setattr(module, "see_token_weights", spy)
     run(dit, dit.tiny(), replace(SETTINGS, policy="normal", steps=10, guidance=1.5))
     assert sum(count for _, count in weighed) == 2 * SETTINGS.samples  # both branches of every image
 
