@@ -29,6 +29,7 @@ __all__ = [
     "sample",
     "set_decode",
     "set_fused",
+    "set_fusion",
 ]
 
 # what is not in api: its module and its name there
@@ -36,6 +37,7 @@ _ELSEWHERE = {
     "load": (".loading", "load_model"),
     "set_decode": (".runtime.kernels", "set_decode"),
     "set_fused": (".runtime.fused", "set_fused"),
+    "set_fusion": (".runtime.fusion", "set_fusion"),
 }
 _AUTO, _SCHEDULERS = "diffusers.quantizers.auto", "diffusers.schedulers.scheduling_utils"
 

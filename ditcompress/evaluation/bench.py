@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..console import Reporter
 from ..measures import output_sqnr_db
 from ..runtime.fused import fused
+from ..runtime.fusion import fusible, set_fusion
 from ..runtime.kernels import set_decode
 from ..runtime.linear import PackedLinear
 from . import peers
@@ -53,6 +54,7 @@ class Arm:
     model: nn.Module
     plain: bool = False
     mode: str = "eager"
+    fused: bool = False  # linears are computed with what follows them, so they have no times of their own
     times: dict[str, list[float]] = field(default_factory=dict)
     sqnr: float | None = None
 
@@ -88,6 +90,8 @@ def _arms(models: Mapping[str, nn.Module], names: Sequence[str], bench: Bench, r
         yield Arm(name, model, plain=name == first)
         if any(isinstance(m, PackedLinear) and m.decodes for m in model.modules()):
             yield Arm(f"{name}, kept decoded", set_decode(copy.deepcopy(model), "load"))
+        if fusible(model):
+            yield Arm(f"{name}, fused", set_fusion(set_decode(copy.deepcopy(model), "load")), fused=True)
     for peer in peers.PEERS if bench.peers else ():
         if not peers.installed(peer):
             reporter.note(f"{peer}: not installed, left out")
@@ -106,7 +110,9 @@ def _in_mode(
     failed, runs = [], {}
     current = [a for a in arms if a.mode == "eager"]
     if mode != "eager":
-        current = [Arm(a.name, a.model, a.plain, mode) for a in current]
+        current = [Arm(a.name, a.model, a.plain, mode, a.fused) for a in current]
+    if mode == "compiled":  # where it does nothing
+        current = [a for a in current if not a.fused]
     for arm in current:
         try:
             if mode == "compiled":
@@ -181,7 +187,9 @@ def _inside(subject: Subject, arms: Sequence[Arm], names: Sequence[str], bench: 
     began = time.perf_counter()
     for repeat in range(MOST):
         for arm in arms:
-            for level, modules in (("linear", names), ("block", blocks)):
+            for level, modules in (("linear", [] if arm.fused else names), ("block", blocks)):
+                if not modules:
+                    continue
                 with timed(arm.model, [n for n in modules if has(arm.model, n)], subject.settings.device) as times:
                     one_forward(subject, arm.model, bench.batch)()
                 spent = [seconds for calls in times.values() for seconds in calls]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..formats.base import is_int8, resolve
 from ..formats.base import registry as formats
 from ..hadamard import rotate, unpack_signs, unrotate
+from . import fusion
 from .kernels import DEVICES, KERNELS, Decode, choose
 from .ops.base import Made
 from .scheme import Scheme
@@ -54,6 +55,7 @@ class PackedLinear(nn.Module):
         self.is_int8 = is_int8(scheme.weight)
         self.kernels = {device: choose(scheme, device) for device in DEVICES}
         self.decode_when: Decode = "call"
+        self.rounding: str | None = None  # of `fusion`
         self._made: dict[tuple[str, torch.dtype, bool], Made] = {}  # of the kernels, from the stored tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -69,7 +71,7 @@ class PackedLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._made = {}  # from codes that are about to be replaced
+        self._made, self.rounding = {}, None  # from tensors that are about to be replaced
         super()._load_from_state_dict(*args, **kwargs)
 
     @property
@@ -139,6 +141,11 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {weight.format} {bits:.2f} bits, input {activation}{more}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounding is not None:
+            found = fusion.product(self, x)
+            if found is not None:
+                return found
+            x = fusion.plain(x)
         kernel = self.kernel(x.device.type)
         y: Tensor = KERNELS[kernel].run(self, x, self._prepared(kernel, x.dtype), x.dtype)
         return normed(y, self.output_gain) if self.scheme.output_norm else y

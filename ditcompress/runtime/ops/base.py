@@ -33,8 +33,10 @@ class Layer(Protocol):
     in_features: int
     out_features: int
     scheme: Scheme
-    bias: Tensor | None
     is_int8: bool
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def stored_tensors(self) -> dict[str, Tensor]: ...
 

@@ -24,21 +24,37 @@ def supports(scheme: Scheme, device: str) -> bool:
     return device == "cuda" and integers(scheme) and expected()
 
 
-def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    """As `reference`, but for the order of float32 sums and codes at ties. What does not fit the kernels (a row above
-    16384, an uncommon transform, a rank above theirs) is done outside them."""
-    if not available(x.device):
-        return reference.run(layer, x, {}, dtype)
-    from .triton import library, rows
+def fits(layer: Layer, device: torch.device) -> bool:
+    """Whether the kernels run this layer on this device: rows up to 16384, ranks up to theirs."""
+    if not available(device):
+        return False
+    from .triton import rows
     from .triton.int8_gemm import MOST_RANK
 
-    scheme, stored = layer.scheme, layer.stored_tensors()
-    if scheme.rank > MOST_RANK or not rows.supported(layer.in_features, 0, x.device):
+    return layer.scheme.rank <= MOST_RANK and rows.supported(layer.in_features, 0, device)
+
+
+def apart(layer: Layer, device: torch.device) -> bool:
+    """Whether the input is smoothed and rotated outside the kernels: for a low-rank part of the float input, and where
+    the transform is one that they lack."""
+    from .triton import rows
+
+    floats = bool(layer.scheme.rank) and layer.scheme.low_rank_input == "float"
+    return floats or not rows.supported(layer.in_features, layer.scheme.rotate, device)
+
+
+def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
+    """As `reference`, but for the order of float32 sums and codes at ties. What does not fit the kernels is done
+    outside them."""
+    if not fits(layer, x.device):
         return reference.run(layer, x, {}, dtype)
+    from .triton import library
+
+    scheme, stored = layer.scheme, layer.stored_tensors()
     sign = layer.signs() if scheme.rotate else None
     smooth, rotate = stored.get("smooth"), scheme.rotate
     outside = scheme.rank and scheme.low_rank_input == "float"
-    if outside or not rows.supported(layer.in_features, rotate, x.device):
+    if apart(layer, x.device):
         x, sign, smooth, rotate = layer.transformed(x), None, None, 0
     inner = stored["low_rank_down"] if scheme.rank and not outside else None
     codes, scale, zero, down, _ = library.quantize_rows(
@@ -48,9 +64,14 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
     if outside:
         flat = x.reshape(-1, x.shape[-1])
         down = torch.nn.functional.linear(flat, stored["low_rank_down"].to(flat.dtype)).float()
-    weight, weight_scale = (made["codes"], made["scale"]) if "codes" in made else layer.as_int8()
+    weight, weight_scale = weight_of(layer, made)
     y = library.product(
         codes, scale, weight, weight_scale, made.get("row_sum"), layer.bias, stored.get("low_rank_up"),
         None if scheme.activation.symmetric else zero, down if scheme.rank else None, dtype=dtype,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], layer.out_features)
+
+
+def weight_of(layer: Layer, made: Made) -> tuple[Tensor, Tensor]:
+    """INT8 codes (out, in) and scales (out, 1)."""
+    return (made["codes"], made["scale"]) if "codes" in made else layer.as_int8()

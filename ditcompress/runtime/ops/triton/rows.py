@@ -107,6 +107,7 @@ def _rows(
     eps: tl.tensor,
     h_norm: tl.tensor,
     NORM: tl.constexpr,
+    ONE: tl.constexpr,
     ACT: tl.constexpr,
     GRID: tl.constexpr,
     TOP: tl.constexpr,
@@ -146,7 +147,7 @@ def _rows(
         x = x.to(residual_out.dtype.element_ty).to(tl.float32)  # what the next layer will read
     x = _normed(x, real, K, eps, NORM)
     if scale is not None:
-        x = x * (1.0 + tl.load(scale + there, mask=real, other=0.0).to(tl.float32))
+        x = x * (ONE + tl.load(scale + there, mask=real, other=0.0).to(tl.float32))
     if shift is not None:
         x += tl.load(shift + there, mask=real, other=0.0).to(tl.float32)
     x = activate(x, ACT)
@@ -247,9 +248,10 @@ def quantize_rows(
     element: str = "int",
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    one: float = 1.0,
 ) -> Quantized:
     """Codes of x (..., K) as rows (M, K), in this order: residual + gate * x, norm ("layer", "rms"; no weights),
-    * (1 + scale) + shift, activation, / smooth, * sign, Hadamard transform of order `rotate`, rounding.
+    * (one + scale) + shift, activation, / smooth, * sign, Hadamard transform of order `rotate`, rounding.
 
     shift, scale, gate: (B, K), for M / B consecutive rows each. smooth, sign: (K,). down: (R, K), of the "rounded"
     or the "float" input that it meets after the transform. ValueError for what `supported` denies.
@@ -279,7 +281,7 @@ def quantize_rows(
             None if gate is None else gate.contiguous(), updated, *vectors, plan.matrices,
             None if down is None else down.contiguous(), projected,
             rows, width, max(rows // min(samples), 1), eps, plan.norm,
-            norm, activation, kind, top, half, TINY, rank, down_of == "float",
+            norm, one, activation, kind, top, half, TINY, rank, down_of == "float",
             count, plan.places, plan.rest, plan.pad, *(n for i in range(4) for n in plan.step(i)), OPERAND,
             num_warps=min(16, max(4, count * plan.places // 512)),
         )  # fmt: skip
