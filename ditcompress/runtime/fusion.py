@@ -1,4 +1,4 @@
-"""What stands around a product on a GPU, done inside the two kernels of the product.
+"""What stands around an integer product, done inside the two kernels of the product.
 
 Norm, modulation, activation, gate and residual are each a pass over memory between the products of a block. With
 `set_fusion` they are put off: a norm and an integer product return a tensor that is not computed yet, the operations
@@ -12,6 +12,12 @@ stay as they are written:
 Any other operation meets ordinary numbers, those of the operations one by one. Inside the kernels values are float32,
 where one by one they are rounded to the model's dtype after each. For eager mode and CUDA graphs; torch.compile fuses
 by itself what is around the operators, and gradients take the ordinary way.
+
+A kernel that takes part exports beside what `ops/base.py` asks for
+
+    puts_off(layer, device) -> bool
+    rounded(layer, x) -> anything        of a tensor (B, T, K) or a `Normed`
+    computed(layer, made, rounded, shape, dtype, activation, residual, gate) -> Tensor
 """
 
 from __future__ import annotations
@@ -19,61 +25,19 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .ops import triton_int8
+from .kernels import KERNELS
+from .ops._normed import NORMS, Normed
 from .ops._shared import DECIDING
-from .ops.base import Made
-from .ops.triton import available
 
 if TYPE_CHECKING:
     from .linear import PackedLinear
-
-NORMS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}  # classes of torch and diffusers
-KERNEL = "triton_int8"
-
-
-@dataclass(frozen=True)
-class Normed:
-    """norm(x) * scale + shift of x (B, T, K), scale and shift (B or 1, 1, K); `read` holds its rounded forms."""
-
-    norm: nn.Module
-    x: Tensor
-    dtype: torch.dtype
-    version: int
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    read: dict[str, Any] = field(default_factory=dict)
-
-    def compute(self) -> Tensor:
-        self.check()
-        y: Tensor = type(self.norm).forward(self.norm, self.x)
-        y = y if self.scale is None else y * self.scale
-        return (y if self.shift is None else y + self.shift).to(self.dtype)
-
-    def check(self) -> None:
-        if self.x._version != self.version:
-            raise RuntimeError(
-                "the input of a norm was changed before its output was read: use set_fusion(model, False)"
-            )
-
-    def rounded(self, layer: PackedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
-        self.check()
-        assert layer.rounding is not None
-        if layer.rounding not in self.read:
-            vectors = [None if v is None else _rows(v, len(self.x)) for v in (self.scale, self.shift)]
-            kind, eps = NORMS[type(self.norm).__name__], getattr(self.norm, "eps", None)
-            eps = torch.finfo(self.x.dtype).eps if eps is None else eps  # as torch's RMSNorm
-            self.read[layer.rounding] = _rounded(
-                layer, self.x, norm=kind, eps=eps, scale=vectors[0], shift=vectors[1], one=0.0
-            )
-        found: tuple[Tensor, Tensor, Tensor | None] = self.read[layer.rounding]
-        return found
 
 
 @dataclass(frozen=True)
@@ -81,29 +45,20 @@ class Product:
     """gate * activation(layer(x)) (B, T, N) of an input that is rounded already; gate (B or 1, 1, N)."""
 
     layer: PackedLinear
-    made: Made
-    rounded: tuple[Tensor, Tensor, Tensor | None]
+    kernel: str
+    rounded: Any
     shape: torch.Size
     dtype: torch.dtype
     activation: str | None = None
     gate: Tensor | None = None
 
     def compute(self, residual: Tensor | None = None) -> Tensor:
-        from .ops.triton import int8_gemm, rows
-
-        stored, (codes, scale, zero), width = self.layer.stored_tensors(), self.rounded, self.shape[-1]
-        down = rows.down_of_codes(codes, scale, zero, stored["low_rank_down"]) if self.layer.scheme.rank else None
-        weight = int8_gemm.Weight(
-            *triton_int8.weight_of(self.layer, self.made), self.made.get("row_sum"), self.layer.bias,
-            stored.get("low_rank_up"),
-        )  # fmt: skip
-        last = residual is not None and self.gate is not None
-        y = int8_gemm.product(
-            codes, scale, weight, zero=zero, down=down, activation=self.activation, dtype=self.dtype,
-            residual=None if residual is None else residual.reshape(-1, width),
-            gate=_rows(self.gate, self.shape[0]) if last and self.gate is not None else None,
-        ).view(self.shape)  # fmt: skip
-        return y if self.gate is None or last else y * self.gate
+        made = self.layer._prepared(self.kernel, self.dtype)
+        gate = None if residual is None else self.gate  # alone it is no kernel's
+        y: Tensor = KERNELS[self.kernel].computed(
+            self.layer, made, self.rounded, self.shape, self.dtype, self.activation, residual, gate
+        )
+        return y if self.gate is None or residual is not None else y * self.gate
 
 
 class Deferred(Tensor):
@@ -124,6 +79,7 @@ class Deferred(Tensor):
     def plain(self) -> Tensor:
         """Its numbers."""
         if self.value is None:
+            _check(self.work)
             self.value = self.work.compute()
         return self.value
 
@@ -242,8 +198,8 @@ _ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tens
 
 
 def set_fusion(model: nn.Module, on: bool = True) -> nn.Module:
-    """Whether norms and integer products of a loaded model are put off on a GPU, to be computed together with what
-    surrounds them; the model itself. Call it again after loading other weights."""
+    """Whether norms and integer products of a loaded model are put off, to be computed together with what surrounds
+    them; the model itself. Call it again after loading other weights."""
     for module in model.modules():
         if hasattr(module, "rounding"):
             module.rounding = _digest(module) if on else None  # type: ignore[arg-type,assignment]
@@ -256,12 +212,12 @@ def set_fusion(model: nn.Module, on: bool = True) -> nn.Module:
 
 def fusible(model: nn.Module) -> bool:
     """Whether `set_fusion` changes how a model runs where it lies."""
-    layers = [module for module in model.modules() if hasattr(module, "rounding")]
-    return any(m.kernel(m.qweight.device.type) == KERNEL and triton_int8.fits(m, m.qweight.device) for m in layers)  # type: ignore
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "rounding")]
+    return any(_kernel(layer, layer.qweight.device) is not None for layer in layers)
 
 
 def _plain_norm(norm: nn.Module) -> bool:
-    """Of the last dimension, without weights."""
+    """Whether it is of the last dimension, without weights."""
     shape: Any = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
     return len(shape) == 1 and getattr(norm, "weight", None) is None and getattr(norm, "bias", None) is None
 
@@ -277,7 +233,7 @@ def _digest(layer: PackedLinear) -> str:
 
 
 def _norm(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or isinstance(x, Deferred) or x.dim() != 3 or not _possible(x) or not available(x.device):
+    if args or kwargs or isinstance(x, Deferred) or x.dim() != 3 or not _possible(x):
         result: Tensor = type(norm).forward(norm, x, *args, **kwargs)
         return result
     return Deferred(Normed(norm, x, x.dtype, x._version), x.shape, x.device)
@@ -291,34 +247,33 @@ def _possible(x: Tensor) -> bool:
 
 def product(layer: PackedLinear, x: Tensor) -> Tensor | None:
     """The layer's output, not computed yet; None where it has to be computed the ordinary way, of the plain x."""
-    scheme, device = layer.scheme, x.device
-    if not _possible(x) or layer.kernel(device.type) != KERNEL or scheme.output_norm or x.dim() != 3:
+    kernel = _kernel(layer, x.device)
+    if kernel is None or x.dim() != 3 or not _possible(x):
         return None
-    if not triton_int8.fits(layer, device) or triton_int8.apart(layer, device):
-        return None
-    norm = _normed(x)
-    rounded = _rounded(layer, plain(x)) if norm is None else norm.rounded(layer)
-    shape = torch.Size((*x.shape[:-1], layer.out_features))
-    return Deferred(Product(layer, layer._prepared(KERNEL, x.dtype), rounded, shape, x.dtype), shape, device)
+    norm, shape = _normed(x), torch.Size((*x.shape[:-1], layer.out_features))
+    if norm is None:
+        rounded = KERNELS[kernel].rounded(layer, plain(x))
+    else:
+        _check(norm)
+        assert layer.rounding is not None
+        if layer.rounding not in norm.read:
+            norm.read[layer.rounding] = KERNELS[kernel].rounded(layer, norm)
+        rounded = norm.read[layer.rounding]
+    return Deferred(Product(layer, kernel, rounded, shape, x.dtype), shape, x.device)
+
+
+def _kernel(layer: PackedLinear, device: torch.device) -> str | None:
+    """The kernel of a layer, if it can put its work off."""
+    name = layer.kernel(device.type)
+    able = getattr(KERNELS[name], "puts_off", None)
+    return name if able is not None and not layer.scheme.output_norm and able(layer, device) else None
+
+
+def _check(work: Normed | Product) -> None:
+    if isinstance(work, Normed) and work.x._version != work.version:
+        raise RuntimeError("the input of a norm was changed before its output was read: use set_fusion(model, False)")
 
 
 def plain(x: Any) -> Any:
     """x with its numbers."""
     return x.plain() if isinstance(x, Deferred) else x
-
-
-def _rounded(layer: PackedLinear, x: Tensor, **around: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (M, K) int8, scale and zero (M, 1) of rows that are normalized, transformed and rounded in one pass."""
-    from .ops.triton import rows
-
-    scheme, stored = layer.scheme, layer.stored_tensors()
-    found = rows.quantize_rows(
-        x, smooth=stored.get("smooth"), sign=layer.signs() if scheme.rotate else None, rotate=scheme.rotate,
-        bits=scheme.activation.bits, symmetric=scheme.activation.symmetric, **around,
-    )  # fmt: skip
-    return found.codes, found.scale, None if scheme.activation.symmetric else found.zero
-
-
-def _rows(v: Tensor, count: int) -> Tensor:
-    """A vector for each sample, (B or 1, 1, K) to (B, K)."""
-    return v.expand(count, 1, v.shape[-1]).reshape(count, -1)

@@ -26,7 +26,7 @@ def test_compiled_rounding_changes_no_bit() -> None:
                 plain = layer(x)
             with fused("always"):
                 assert torch.equal(layer(x), plain)
-    assert cpu_int8._scaled.compiled is not None and not cpu_int8._scaled.broken
+    assert cpu_int8._scaled.compiled and not cpu_int8._scaled.broken
 
 
 class Counted:

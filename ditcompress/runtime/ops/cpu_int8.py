@@ -14,6 +14,7 @@ has VNNI and no AMX it took seconds where this takes milliseconds, so it is not 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..fused import Fused
 from ..scheme import Scheme
 from ._integers import integers
 from ._integers import prepare as prepare
+from ._normed import Normed
 from ._shared import rounded_once
 from .base import Layer, Made, finished
 
@@ -69,14 +71,47 @@ def supports(scheme: Scheme, device: str) -> bool:
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
-    """The output (..., out), some columns at a time: their weights are decoded while they are in the cache, memory
-    holds one such part, and the sums of some tokens are scaled before the next ones' (a traced graph fuses that)."""
-    shape = x.shape
-    met, (flat, scales, zeros) = rounded_once(layer, x, _tokens, dtype)
-    tokens = max(1, len(flat)) if torch.compiler.is_compiling() else TOKENS
-    size = _columns(layer.out_features, PART)
-    rank, bias = layer.scheme.rank, layer.bias
-    y = torch.empty(len(flat), layer.out_features, dtype=torch.float32 if rank else dtype, device=x.device)
+    """The output (..., out): the product of codes, and the low-rank part in floating point."""
+    met, rounded = rounded_once(layer, x, _tokens, dtype)
+    flat, scales, zeros = rounded
+    shape, rank = torch.Size((1, len(flat), layer.out_features)), layer.scheme.rank
+    y = computed(layer, made, rounded, shape, torch.float32 if rank else dtype)
+    y = y.reshape(*x.shape[:-1], layer.out_features)
+    if not rank:
+        return y
+    values = flat.float() * scales if zeros is None else (flat.float() - zeros) * scales
+    return finished(layer, y, met, values.reshape(x.shape), dtype)
+
+
+def puts_off(layer: Layer, device: torch.device) -> bool:
+    """Whether what stands around a layer can be done while its tokens are rounded and its sums are scaled."""
+    return not layer.scheme.rank
+
+
+def rounded(layer: Layer, x: Tensor | Normed) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (tokens, in), scales and zeros (tokens, 1); norm and modulation in the same loop where nothing comes
+    between them and the rounding."""
+    scheme = layer.scheme
+    spec = scheme.activation
+    if not isinstance(x, Normed) or scheme.smooth == "online" or scheme.rotate:
+        values = x.compute() if isinstance(x, Normed) else x
+        found: tuple[Tensor, Tensor, Tensor | None] = _tokens(layer, layer.transformed(values), values.dtype)
+        return found
+    made = _normalized(x.x, x.kind, x.eps, x.scale, x.shift, spec.bits, spec.symmetric)
+    return (*made, None) if spec.symmetric else made
+
+
+def computed(
+    layer: Layer, made: Made, rounded: tuple[Tensor, Tensor, Tensor | None], shape: torch.Size, dtype: torch.dtype,
+    activation: str | None = None, residual: Tensor | None = None, gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """residual + gate * activation(product), (B, T, out); the bias too, unless a low-rank part comes before it.
+
+    Some columns at a time: their weights are decoded while they are in the cache, memory holds one such part, and the
+    sums of some tokens are finished before the next ones' (a traced graph fuses that)."""
+    flat, scales, zeros = rounded
+    bias = None if layer.scheme.rank else layer.bias
+    size, y = _columns(layer.out_features, PART), torch.empty(shape, dtype=dtype, device=flat.device)
     for start in range(0, layer.out_features, size):
         own = slice(start, min(start + size, layer.out_features))
         if "codes" in made:
@@ -84,18 +119,30 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
         else:
             weight, weight_scale = layer.as_int8(own.start, own.stop)
         row_sum = None if zeros is None else made["row_sum"][own]
-        for first in range(0, len(flat), tokens):
-            some = slice(first, first + tokens)
+        for samples, tokens, some in _pieces(*shape[:2]):
+            here = (samples, tokens, own)
+            out = y[here]
+            each = (*out.shape[:2], 1)
             _scaled(
-                integer_product(flat[some], weight), scales[some], weight_scale.reshape(-1),
-                None if zeros is None else zeros[some], row_sum, None if bias is None or rank else bias[own],
-                y[some, own],
+                integer_product(flat[some], weight).view(out.shape), scales[some].view(each), weight_scale.reshape(-1),
+                None if zeros is None else zeros[some].view(each), row_sum, None if bias is None else bias[own],
+                activation, None if gate is None else gate.expand(shape[0], 1, -1)[samples, :, own],
+                None if residual is None else residual[here], out,
             )  # fmt: skip
-    y = y.reshape(*shape[:-1], layer.out_features)
-    if not rank:
-        return y
-    rounded = flat.float() * scales if zeros is None else (flat.float() - zeros) * scales
-    return finished(layer, y, met, rounded.reshape(shape), dtype)
+    return y
+
+
+def _pieces(samples: int, tokens: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of (samples, tokens) of about TOKENS, and the rows that they are: whole samples, or a part of one."""
+    if torch.compiler.is_compiling() or samples * tokens <= TOKENS:
+        yield slice(0, samples), slice(0, tokens), slice(0, samples * tokens)
+        return
+    many = max(1, TOKENS // tokens)
+    for first in range(0, samples, many):
+        last = min(first + many, samples)
+        for start in range(0, tokens, TOKENS):
+            end = min(start + TOKENS, tokens)
+            yield slice(first, last), slice(start, end), slice(first * tokens + start, (last - 1) * tokens + end)
 
 
 def _columns(out: int, most: int) -> int:
@@ -106,17 +153,42 @@ def _columns(out: int, most: int) -> int:
 
 def _scale(
     sums: Tensor, scale: Tensor, weight_scale: Tensor, zero: Tensor | None, row_sum: Tensor | None, bias: Tensor | None,
-    out: Tensor,
+    activation: str | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """`out` (tokens, out) from the int32 sums of codes; every step in float32."""
+    """`out` (B, T, out) from the int32 sums of codes; every step in float32."""
     y = sums.float()
     if zero is not None:
         y = y.addcmul_(zero, row_sum, value=-1)  # type: ignore[arg-type]
     y = y.mul_(scale).mul_(weight_scale)
-    out.copy_(y if bias is None else y.add_(bias.float()))
+    y = y if bias is None else y.add_(bias.float())
+    y = _activated(y, activation)
+    y = y if gate is None else y.mul_(gate.float())
+    out.copy_(y if residual is None else y.add_(residual.float()))
+
+
+def _activated(y: Tensor, name: str | None) -> Tensor:
+    if name == "gelu_tanh" and torch.compiler.is_compiling():  # the same function with a third of the work of tanh
+        return y / (1 + torch.exp2(-2.302208198 * (y + 0.044715 * y * y * y)))
+    if name is None:
+        return y
+    F = torch.nn.functional
+    return F.silu(y) if name == "silu" else F.gelu(y, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _norm(
+    x: Tensor, kind: str, eps: float, scale: Tensor | None, shift: Tensor | None, bits: int, symmetric: bool
+) -> tuple[Tensor, ...]:
+    """Rounded tokens of norm(x) * scale + shift."""
+    x = x.float() if torch.compiler.is_compiling() else x  # in one loop that costs nothing
+    F, width = torch.nn.functional, x.shape[-1:]
+    y = F.layer_norm(x, width, eps=eps) if kind == "layer" else F.rms_norm(x, width, eps=eps)
+    y = y if scale is None else y * scale
+    y = (y if shift is None else y + shift).reshape(-1, *width)
+    return quantize_token(y, bits) if symmetric else quantize_token_asymmetric(y, bits)
 
 
 _scaled, _symmetric, _asymmetric = Fused(_scale), Fused(quantize_token), Fused(quantize_token_asymmetric)
+_normalized = Fused(_norm)
 
 
 def _tokens(layer: Layer, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

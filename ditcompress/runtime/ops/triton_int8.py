@@ -6,6 +6,8 @@ low-rank part and the bias while they are in registers. Correct in Triton's inte
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from ..scheme import Scheme
 from . import reference
 from ._integers import integers
 from ._integers import prepare as prepare
+from ._normed import Normed, rows
 from .base import Layer, Made
 from .triton import available, expected
 
@@ -28,19 +31,19 @@ def fits(layer: Layer, device: torch.device) -> bool:
     """Whether the kernels run this layer on this device: rows up to 16384, ranks up to theirs."""
     if not available(device):
         return False
-    from .triton import rows
+    from .triton import rows as kernel
     from .triton.int8_gemm import MOST_RANK
 
-    return layer.scheme.rank <= MOST_RANK and rows.supported(layer.in_features, 0, device)
+    return layer.scheme.rank <= MOST_RANK and kernel.supported(layer.in_features, 0, device)
 
 
 def apart(layer: Layer, device: torch.device) -> bool:
     """Whether the input is smoothed and rotated outside the kernels: for a low-rank part of the float input, and where
     the transform is one that they lack."""
-    from .triton import rows
+    from .triton import rows as kernel
 
     floats = bool(layer.scheme.rank) and layer.scheme.low_rank_input == "float"
-    return floats or not rows.supported(layer.in_features, layer.scheme.rotate, device)
+    return floats or not kernel.supported(layer.in_features, layer.scheme.rotate, device)
 
 
 def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
@@ -70,6 +73,46 @@ def run(layer: Layer, x: Tensor, made: Made, dtype: torch.dtype) -> Tensor:
         None if scheme.activation.symmetric else zero, down if scheme.rank else None, dtype=dtype,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], layer.out_features)
+
+
+def puts_off(layer: Layer, device: torch.device) -> bool:
+    """Whether what stands around a layer can be done inside its kernels."""
+    return fits(layer, device) and not apart(layer, device)
+
+
+def rounded(layer: Layer, x: Tensor | Normed) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (M, K) int8, scale and zero (M, 1) of tokens that are normalized, transformed and rounded in one pass."""
+    from .triton import rows as kernel
+
+    scheme = layer.scheme
+    around: dict[str, Any] = {}
+    if isinstance(x, Normed):
+        around = {"norm": x.kind, "eps": x.eps, "scale": rows(x.scale, len(x.x)), "shift": rows(x.shift, len(x.x))}
+    found = kernel.quantize_rows(
+        x.x if isinstance(x, Normed) else x, smooth=layer.stored_tensors().get("smooth"), one=0.0,
+        sign=layer.signs() if scheme.rotate else None, rotate=scheme.rotate, bits=scheme.activation.bits,
+        symmetric=scheme.activation.symmetric, **around,
+    )  # fmt: skip
+    return found.codes, found.scale, None if scheme.activation.symmetric else found.zero
+
+
+def computed(
+    layer: Layer, made: Made, rounded: tuple[Tensor, Tensor, Tensor | None], shape: torch.Size, dtype: torch.dtype,
+    activation: str | None, residual: Tensor | None, gate: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """residual + gate * activation(product) in one launch, (B, T, N)."""
+    from .triton import int8_gemm
+    from .triton import rows as kernel
+
+    stored, (codes, scale, zero) = layer.stored_tensors(), rounded
+    down = kernel.down_of_codes(codes, scale, zero, stored["low_rank_down"]) if layer.scheme.rank else None
+    weight = int8_gemm.Weight(
+        *weight_of(layer, made), made.get("row_sum"), layer.bias, stored.get("low_rank_up")
+    )  # fmt: skip
+    return int8_gemm.product(
+        codes, scale, weight, zero=zero, down=down, activation=activation, gate=rows(gate, shape[0]), dtype=dtype,
+        residual=None if residual is None else residual.reshape(-1, shape[-1]),
+    ).view(shape)  # fmt: skip
 
 
 def weight_of(layer: Layer, made: Made) -> tuple[Tensor, Tensor]:
