@@ -8,7 +8,7 @@ once. Shapes: K columns, with bias K + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...calibration.sensitivity import token_weights
+from ...calibration.sensitivity import See, see_token_weights
 from ...errors import DitcompressError
 from ...models.base import Axis, Layout, Site
 from ...offload import device_of, loaded
@@ -107,8 +107,8 @@ def grams(
         if weighting == "output":
             for start in range(0, len(probe.latents), CHUNK):
                 seed = 1009 * (context.seed + number) + start
-                for name, x, weight in _weighed(context, alone, probe.rows(slice(start, start + CHUNK)), seed):
-                    add(name, x, weight * factor)
+                part = probe.rows(slice(start, start + CHUNK))
+                _weighed(context, alone, part, seed, lambda name, x, w, factor=factor: add(name, x, w * factor))  # type: ignore[misc]
         else:
             with torch.no_grad(), listening(modules, lambda name, x, factor=factor: add(name, x, factor)):  # type: ignore[misc]
                 context.predict(probe)
@@ -118,14 +118,15 @@ def grams(
     return found
 
 
-def _weighed(context: Context, alone: Layout, probe: Probe, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(reader, input, token weights) of one backward pass; `alone`: a layout in which no two readers share an input."""
+def _weighed(context: Context, alone: Layout, probe: Probe, seed: int, see: See) -> None:
+    """`see` (reader, input, token weights) for one backward pass; in `alone` no two readers share an input."""
+    names = {site.input_key: site.name for site in alone.sites}
     device = device_of(context.model)
     latents, timestep = probe.latents.to(device), probe.timestep.to(device)
-    seen = token_weights(context.model, context.adapter, alone, latents, timestep, probe.cond, seed)
-    for site in alone.sites:
-        for x, weight in seen.get(site.input_key, ()):
-            yield site.name, x, weight
+    see_token_weights(
+        context.model, context.adapter, alone, latents, timestep, probe.cond, seed, None,
+        lambda key, x, weight: see(names[key], x, weight),
+    )  # fmt: skip
 
 
 @contextmanager
