@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py [--recipe w4a16-rtn] [--dtype bfloat16] [--offload disk] [--set KEY=VALUE]
     python benchmarks/memory.py --size flux [--layers 5]     as many double blocks, twice as many single ones; 19: all
+    python benchmarks/memory.py --recipe w8a8 --offload disk --calibrate samples=20 steps=2 --only-calibrate
 
 The checkpoint is written tensor by tensor into a temporary folder; `ditcompress quantize` runs as a process of its own
 and the operating system's account of that process is read afterwards (maximum resident set, wall time). On a GPU the
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--offload", default="none", choices=["none", "cpu", "disk"])
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--calibrate", nargs="*", default=["samples=1", "steps=2", "weighting=none"])
+    parser.add_argument("--only-calibrate", action="store_true")
     options = parser.parse_args()
     more = [part for value in options.set for part in ("--set", value)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,15 +112,16 @@ def main() -> None:
         folder.mkdir()
         total = write_random(folder, getattr(torch, options.dtype), sized(options.size, options.layers))
         if load_recipe(options.recipe).calibration is not None:  # few inputs: what follows costs the same with many
-            few = ["calibration.samples=1", "calibration.steps=2", "calibration.weighting=none"]
-            less = [part for value in few for part in ("--set", value)]
+            less = [part for value in options.calibrate for part in ("--set", f"calibration.{value}")]
             asked = ["calibrate", str(folder), "-r", options.recipe, "-o", f"{scratch}/stats", *less]
             asked += ["--offload", options.offload]
             told, _, alone = run(*asked, "--dry-run")
             _, seconds, peak = run(*asked)
             predicted = f"{told['memory_bytes'] / 1e9:.2f} GB predicted beside the program's {alone / 1e9:.2f} GB"
             print(f"offload           {options.offload}: {predicted}")
-            print(f"calibration       {seconds:.0f} s with one image and two steps, peak {peak / 1e9:.2f} GB")
+            print(f"calibration       {seconds:.0f} s with {', '.join(options.calibrate)}; peak {peak / 1e9:.2f} GB")
+            if options.only_calibrate:
+                return
             more += ["--statistics", f"{scratch}/stats"]
         with GpuPeak() as gpu:
             facts, seconds, peak = run("quantize", str(folder), "-r", options.recipe, "-o", str(out), *more)

@@ -9,7 +9,7 @@ hidden states. Each job does what it would do alone: its values are the same to 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ def together(model: nn.Module, jobs: Sequence[Callable[[], T]]) -> list[T]:
     if parts is None or len(jobs) < 2 or torch.is_autocast_enabled(parts.device.type):  # autocast is one thread's own
         return [job() for job in jobs]
     with holding(model):
-        return _Lockstep(model, parts.blocks, jobs).run()
+        return _Lockstep(parts.modules, jobs).run()
 
 
 class _Stopped(BaseException):
@@ -74,14 +74,15 @@ class _Job(threading.Thread, Generic[T]):
 
 
 class _Lockstep(Generic[T]):
-    def __init__(self, model: nn.Module, blocks: Sequence[str], tasks: Sequence[Callable[[], T]]) -> None:
-        self.model, self.blocks = model, blocks
+    def __init__(self, blocks: Mapping[str, nn.Module], tasks: Sequence[Callable[[], T]]) -> None:
+        self.blocks = blocks
         self.back = threading.Semaphore(0)  # released by a job that gives its turn back
         self.jobs = [_Job(task, self.back) for task in tasks]
 
     def run(self) -> list[T]:
-        modules = [(block, self.model.get_submodule(block)) for block in self.blocks]
-        handles = [module.register_forward_pre_hook(self._gate(block), prepend=True) for block, module in modules]
+        handles = [
+            module.register_forward_pre_hook(self._gate(block), prepend=True) for block, module in self.blocks.items()
+        ]
         try:
             for job in self.jobs:
                 job.start()

@@ -100,6 +100,7 @@ class Parts(Mapping[str, Tensor]):
         self, weights: Weights, model: nn.Module, blocks: tuple[str, ...], device: torch.device, *, kept: bool
     ) -> None:
         self.weights, self.blocks, self.device = weights, blocks, device
+        self.modules = {block: model.get_submodule(block) for block in blocks}  # whatever they are called later
         owners = {f"{copy}.": f"{owner}." for copy, owner in copies_of(model).items()}
         self.names = {}
         for name in model.state_dict():

@@ -23,6 +23,7 @@ from ditcompress.models import dit
 from ditcompress.offload import ATTRIBUTE, Parts, load_to_run
 
 from .pruning.models import deep, inputs, run
+from .pruning.test_methods import context
 from .test_offload import empty_inside, same_statistics
 
 SETTINGS = CalibrationSettings(samples=6, steps=3, guidance=1.5, policy="all", buckets=3, reservoir=48, batch=2)
@@ -176,3 +177,16 @@ def test_an_interrupted_group_goes_on_within_its_trajectories(
     assert resumed.digest == whole.digest and resumed.meta == whole.meta
     assert before < passes and reads[MATRIX] <= passes + passes // 5  # the step that was interrupted is taken again
     same_statistics(resumed, gather(offloaded(folder), settings, abreast=Abreast(3, 1)), ["transformer_blocks"])
+
+
+def test_probes_abreast_without_blocks_have_the_same_errors(folder: Path, reads: Counter[str]) -> None:
+    model = offloaded(folder)
+    one = context("dit", model)
+    found = [one.errors(["transformer_blocks.1"])]
+    alone = reads[MATRIX]
+    assert alone == 2 * len(one.probes)  # with and without the block
+    several = context("dit", model)
+    several.abreast = len(one.probes)
+    reads.clear()
+    found.append(several.errors(["transformer_blocks.1"]))
+    assert found[0] == found[1] and reads[MATRIX] == 2 and clean(model)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration.collect import CalibrationSettings
-from ..calibration.footprint import Hook, branches_of, collect_bytes, pass_bytes, statistics_bytes
+from ..calibration.footprint import Hook, branches_of, collect_bytes, follow, pass_bytes, side_by_side, statistics_bytes
 from ..calibration.walking import Abreast
 from ..checkpoint.reader import Checkpoint
 from ..console import Reporter, Silent, size
@@ -33,6 +33,7 @@ from ._options import pick_dtype, settings_of
 # glibc keeps freed pieces between those in use, which offloading forbids: shares measured on DiTs of 70 to 90 M
 # parameters, of what comes and goes and of what stays among it.
 HOLES, AMONG = 1.75, 1.2
+MOST_PROBES = 16  # that go through an offloaded model together
 PROGRAM = 30_000_000  # what the program loads and keeps at its first real run
 
 
@@ -121,6 +122,15 @@ def abreast(
     return Abreast()
 
 
+def abreast_probes(checkpoint: Checkpoint, layout: Layout, params: ProbeParams, dtype: torch.dtype) -> int:
+    """How many probes go through an offloaded model together; one, where they cannot be followed without data."""
+    config, adapter = checkpoint.config, adapter_for(checkpoint.config)
+    rows = branches_of(config, adapter, params.guidance) * min(params.batch, params.samples)
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        return side_by_side(follow(config, adapter, rows, dtype, blocks=layout.blocks).between, MOST_PROBES)
+    return 1
+
+
 def of_pruning(
     checkpoint: Checkpoint, meta: nn.Module, layout: Layout, module: Any, params: Any, dtype: torch.dtype, offload: str
 ) -> Memory:
@@ -132,7 +142,10 @@ def of_pruning(
     config, adapter = checkpoint.config, adapter_for(checkpoint.config)
     branches = branches_of(config, adapter, params.guidance)
     rows = branches * min(params.batch, params.samples)
-    work = pass_bytes(config, adapter, rows, dtype, hooks=dict.fromkeys(layout.blocks, _compared))
+    found = follow(config, adapter, rows, dtype, hooks=dict.fromkeys(layout.blocks, _compared), blocks=layout.blocks)
+    together = abreast_probes(checkpoint, layout, params, dtype) if offload != "none" else 1
+    work = found.peak + (together - 1) * found.between
+    weights = weight_bytes(checkpoint, meta, layout, dtype, offload, held=together > 1)
     chunk = getattr(params, "chunk", None)  # of a backward pass
     if chunk is not None:
         kept: list[Any] = []

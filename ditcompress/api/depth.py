@@ -252,6 +252,9 @@ class _Job:
             check_target(context, ratio, sum(by_block.values()))
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter, self.params)
+            if self.offload != "none":
+                dtype = next(model.parameters()).dtype
+                context.abreast = _memory.abreast_probes(source, layout, self.params, dtype)
         if "training" in self.module.NEEDS:
             context.data = self._states(model, source, adapter)
         context.journal = self.journal if self.resumes else None

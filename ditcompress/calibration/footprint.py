@@ -189,7 +189,7 @@ def collect_bytes(
     blocks = layout.blocks if offloaded else ()
     rows = branches * min(settings.batch, settings.samples)
     found = follow(config, adapter, rows, dtype, hooks=collector_hooks(layout, settings), blocks=blocks)
-    batches = _together(found.between, -(-settings.samples // settings.batch)) if offloaded else 1
+    batches = side_by_side(found.between, -(-settings.samples // settings.batch)) if offloaded else 1
     peak = found.peak + (batches - 1) * found.between
     if settings.weighting != "fisher":
         return peak, Abreast(batches)
@@ -200,11 +200,12 @@ def collect_bytes(
         config, adapter, branches * images, dtype, backward=way, hooks=hooks, blocks=blocks, dropped=held.clear
     )
     jobs = batches * -(-min(settings.batch, settings.samples, FISHER_IMAGES) // FISHER_CHUNK)
-    backward = _together(back.kept, jobs) if offloaded else 1
+    backward = side_by_side(back.kept, jobs) if offloaded else 1
     return max(peak, back.peak + (backward - 1) * back.kept), Abreast(batches, backward)
 
 
-def _together(held: int, most: int) -> int:
+def side_by_side(held: int, most: int) -> int:
+    """How many of `most` passes that hold so many bytes between blocks go through an offloaded model together."""
     return max(1, min(most, HELD // max(held, 1)))
 
 

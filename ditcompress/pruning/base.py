@@ -36,6 +36,7 @@ from ..console import Reporter, Silent
 from ..distill.data import Trajectories
 from ..errors import DitcompressError
 from ..formats.base import StrictParams
+from ..lockstep import together
 from ..models import Depth
 from ..models._table import block_of
 from ..models.base import Layout
@@ -111,6 +112,7 @@ class Context:
     reporter: Reporter = field(default_factory=Silent)
     data: Callable[..., Trajectories] | None = None
     journal: Path | None = None
+    abreast: int = 1
     _outputs: list[Tensor] = field(default_factory=list)
     _trials: dict[str, Any] | None = field(default=None, init=False)
 
@@ -140,16 +142,22 @@ class Context:
         """The whole model's prediction for every probe, on the CPU; computed once."""
         if not self._outputs:
             with torch.no_grad():
-                self._outputs = [self.predict(probe).cpu() for probe in self.probes]
+                self._outputs = list(self.predictions())
         return self._outputs
+
+    def predictions(self) -> Iterator[Tensor]:
+        """The prediction for every probe, on the CPU; `abreast` at a time go through an offloaded model together."""
+        for start in range(0, len(self.probes), self.abreast):
+            some = self.probes[start : start + self.abreast]
+            yield from together(self.model, [lambda probe=probe: self.predict(probe).cpu() for probe in some])  # type: ignore[misc]
 
     def errors(self, units: Collection[str]) -> tuple[list[float], list[float]]:
         """Squared error and squared norm of the prediction without `units`, one of each for every probe."""
         noise, signal = [], []
         references = self.references()
         with torch.no_grad(), without_blocks(self.model, self.depth, self.depth.of(units)):
-            for probe, reference in zip(self.probes, references, strict=True):
-                change = self.predict(probe).cpu().double() - reference.double()
+            for found, reference in zip(self.predictions(), references, strict=True):
+                change = found.double() - reference.double()
                 noise.append(float(change.square().sum()))
                 signal.append(float(reference.double().square().sum()))
         if not all(map(math.isfinite, noise)):
