@@ -53,9 +53,9 @@ def calibrate(
     """Run `path` along its own sampling trajectories and store what quantization needs in the folder `out`.
 
     `recipe` says how much is gathered; with `offload` "cpu" or "disk" blocks are in memory only while they run, and
-    the statistics are the same to the bit. Under `accelerate launch` every process runs its part of the images; the
-    first one writes and returns the statistics, the others return empty ones. Raises E205 where the model cannot be
-    driven, E331 for bad statistics.
+    the statistics are the same but for the order of sums. Under `accelerate launch` every process runs its part of the
+    images; the first one writes and returns the statistics, the others return empty ones. Raises E205 where the model
+    cannot be driven, E331 for bad statistics.
     """
     check_offload(offload)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
