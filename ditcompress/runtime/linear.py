@@ -17,6 +17,7 @@ from ..formats.base import registry as formats
 from ..hadamard import rotate, unpack_signs, unrotate
 from . import fusion
 from .kernels import DEVICES, KERNELS, Decode, choose
+from .ops import _decoded
 from .ops.base import Made
 from .scheme import Scheme
 
@@ -52,6 +53,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=stored_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._params = resolve(scheme.weight)[1]
+        self._how = _decoded.described(scheme.weight.format, self._params, [*self.stored])
         self.is_int8 = is_int8(scheme.weight)
         self.kernels = {device: choose(scheme, device) for device in DEVICES}
         self.decode_when: Decode = "call"
@@ -131,6 +133,8 @@ class PackedLinear(nn.Module):
         if stop - start < self.out_features:
             stored = {name: t[start:stop] if len(t) == self.out_features else t for name, t in stored.items()}
         shape = (stop - start, self.in_features)
+        if torch.compiler.is_compiling() and self.qweight.dtype != torch.int8 and self.qweight.is_cpu:
+            return _decoded.as_int8(self._how, stored, shape)
         found: tuple[Tensor, Tensor] = FORMATS[self.scheme.weight.format].as_int8(stored, self._params, shape)
         return found
 
