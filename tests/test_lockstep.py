@@ -18,6 +18,7 @@ from ditcompress.calibration.conditions import get_conditions
 from ditcompress.calibration.statistics import Statistics
 from ditcompress.calibration.walking import Abreast
 from ditcompress.checkpoint.source import ModuleSource
+from ditcompress.loading import load_model
 from ditcompress.lockstep import together
 from ditcompress.models import dit
 from ditcompress.offload import ATTRIBUTE, Parts, load_to_run
@@ -177,6 +178,10 @@ def test_an_interrupted_group_goes_on_within_its_trajectories(
     assert resumed.digest == whole.digest and resumed.meta == whole.meta
     assert before < passes and reads[MATRIX] <= passes + passes // 5  # the step that was interrupted is taken again
     same_statistics(resumed, gather(offloaded(folder), settings, abreast=Abreast(3, 1)), ["transformer_blocks"])
+    with pytest.raises(KeyboardInterrupt):
+        gather(offloaded(folder), settings, abreast=Abreast(3, 3), journal=tmp_path, reporter=Stop(13))
+    resident = load_model(folder, dtype=torch.float32)[0]
+    same_statistics(resumed, gather(resident, settings, journal=tmp_path), ["transformer_blocks"])
 
 
 def test_probes_abreast_without_blocks_have_the_same_errors(folder: Path, reads: Counter[str]) -> None:

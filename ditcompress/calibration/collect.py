@@ -127,24 +127,29 @@ class _Run:
         """Every batch that is not done yet."""
         batches = self.batches()
         self.ranks.lead(self.restore)
-        self.done = self.ranks.share(self.done)
+        self.done, under_way = self.ranks.share((self.done, len(self.waiting.get("walks", ()))))
         with reporter.task("calibrate", sum(steps for _, steps in batches)) as advance:
             advance(sum(steps for _, steps in batches[: self.done]))
             while self.done < len(batches):
-                numbers = range(self.done, min(self.done + self.abreast.batches, len(batches)))
+                numbers = range(self.done, min(self.done + (under_way or self.abreast.batches), len(batches)))
                 with self.ranks.together():
-                    self.group(numbers, batches, advance)
+                    self.group(numbers, batches, advance, alone=under_way > 0)
+                under_way = 0
                 if self.ranks.agree(self._due() and self.done < len(batches)):
                     self.save([])
 
     def group(
-        self, numbers: Sequence[int], batches: Sequence[tuple[list[int], int]], advance: Callable[[int], None]
-    ) -> None:
-        """Some batches along their trajectories, from where they were saved."""
+        self, numbers: Sequence[int], batches: Sequence[tuple[list[int], int]], advance: Callable[[int], None],
+        alone: bool = False,
+    ) -> None:  # fmt: skip
+        """Some batches along their trajectories, from where they were saved; `alone`: all by the first process, as one
+        process began them."""
         walkers = []
         for number in numbers:
             images, steps = batches[number]
-            walkers.append(Walker(self.passes, number, images, steps, self.ranks.own(range(len(images)))))
+            places: Sequence[int] = range(len(images))
+            places = self.ranks.own(places) if not alone else places if self.ranks.first else ()
+            walkers.append(Walker(self.passes, number, images, steps, places))
             self.timesteps.append(walkers[-1].times)
         self._go_on(walkers, advance)
         while not all(walker.ended for walker in walkers):

@@ -23,6 +23,7 @@ from ditcompress.calibration.conditions import get_conditions
 from ditcompress.calibration.statistics import Statistics
 from ditcompress.calibration.store import load_statistics, save_statistics
 from ditcompress.checkpoint.source import ModuleSource
+from ditcompress.checkpoint.writer import load_atomic
 from ditcompress.console import Silent
 from ditcompress.errors import DitcompressError
 from ditcompress.experts import ExpertLayer, apply_experts
@@ -59,13 +60,15 @@ def gather(name: str, ranks: Ranks = ALONE, **options: Any) -> Statistics:
 
 
 class Stop(Silent):
-    """Interrupts a pass in its second batch."""
+    """Interrupts a pass after so many steps: by default in its second batch."""
+
+    def __init__(self, steps: int = SETTINGS.steps) -> None:
+        self.done = iter(range(steps + 1))
 
     def task(self, *args: Any) -> Any:
         from contextlib import nullcontext
 
-        done = iter(range(SETTINGS.steps + 1))
-        return nullcontext(lambda units: next(done))
+        return nullcontext(lambda units: next(self.done))
 
 
 def passes(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -88,6 +91,15 @@ def interrupted(folder: Path, ranks: Ranks) -> dict[str, Any]:
         return {"stopped": type(error).__name__}
     finally:
         module.SAVE_EVERY_S = 20.0
+    return {}
+
+
+def taken_over(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What one process began and left within a batch."""
+    found = gather("dit-fisher", ranks, journal=folder / "alone" if ranks.first else None)
+    if ranks.first:
+        (folder / "taken-over").mkdir()
+        save_statistics(folder / "taken-over", found)
     return {}
 
 
@@ -135,7 +147,11 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_dit: Path) -> tuple[Path,
     """Their folder and what each function above gave in both."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(tiny_dit, folder / "tiny")
-    return folder, in_two(folder, [passes, interrupted, commands, failures])
+    (folder / "alone").mkdir()
+    with pytest.raises(StopIteration), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SAVE_EVERY_S", -1.0)
+        gather("dit-fisher", journal=folder / "alone", reporter=Stop(2))
+    return folder, in_two(folder, [passes, interrupted, taken_over, commands, failures])
 
 
 def assert_equal(one: Statistics, other: Statistics, tokens: bool = True) -> None:
@@ -193,6 +209,11 @@ def test_an_interrupted_pass_of_two_goes_on_with_one(two: tuple[Path, Any]) -> N
     assert [f["stopped"] for f in facts["interrupted"]] == ["StopIteration", "RuntimeError"]
     assert (folder / "journal" / "state.safetensors").exists()
     assert_equal(gather("dit-fisher"), gather("dit-fisher", journal=folder / "journal"))
+
+
+def test_what_one_process_left_within_a_batch_goes_on_with_two(two: tuple[Path, Any]) -> None:
+    assert "walk.latents" in str([*load_atomic(two[0] / "alone" / "state.safetensors")[0]])
+    assert_equal(gather("dit-fisher"), load_statistics(two[0] / "taken-over"))
 
 
 def test_commands_write_once_and_all_learn_that_the_output_exists(two: tuple[Path, Any], tmp_path: Path) -> None:
