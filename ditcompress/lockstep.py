@@ -16,17 +16,20 @@ import torch
 from torch import nn
 
 from .offload import ATTRIBUTE, holding
+from .runtime.blocks import routes_blocks
 
 T = TypeVar("T")
 
 
 def together(model: nn.Module, jobs: Sequence[Callable[[], T]]) -> list[T]:
-    """The result of every job; those of a resident model run one after another.
+    """The result of every job; those of a resident model, and of one whose blocks are chosen by a router, run one
+    after another.
 
     A job sees its caller's grad mode. What it shares with the others it must not leave changed where it calls a block.
     """
-    parts = getattr(model, ATTRIBUTE, None)
-    if parts is None or len(jobs) < 2 or torch.is_autocast_enabled(parts.device.type):  # autocast is one thread's own
+    parts: Any = getattr(model, ATTRIBUTE, None)
+    apart = parts is None or torch.is_autocast_enabled(parts.device.type)  # autocast is one thread's own
+    if apart or len(jobs) < 2 or routes_blocks(model):
         return [job() for job in jobs]
     with holding(model):
         return _Lockstep(parts.modules, jobs).run()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditcompress import api
 from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import get_conditions
 from ditcompress.calibration.statistics import Statistics
@@ -195,3 +196,11 @@ def test_probes_abreast_without_blocks_have_the_same_errors(folder: Path, reads:
     reads.clear()
     found.append(several.errors(["transformer_blocks.1"]))
     assert found[0] == found[1] and reads[MATRIX] == 2 and clean(model)
+
+
+def test_blocks_that_a_router_chooses_are_run_pass_by_pass(folder: Path, tmp_path: Path) -> None:
+    """A group of blocks remembers one pass's choice."""
+    few = ["calibration.samples=18", "calibration.steps=2", "calibration.guidance=1.5"]
+    api.moe(folder, tmp_path / "moe", method="random", blocks_active=0.5, overrides=few[:2])
+    first, second = (api.calibrate(tmp_path / "moe", overrides=few, offload=way) for way in ("none", "disk"))
+    assert first.digest == second.digest

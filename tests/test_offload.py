@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from ditcompress import api
 from ditcompress.calibration.collect import CalibrationSettings, collect
 from ditcompress.calibration.conditions import get_conditions
+from ditcompress.calibration.sensitivity import see_token_weights
 from ditcompress.calibration.statistics import Statistics, flatten
 from ditcompress.checkpoint.source import ModuleSource
 from ditcompress.errors import DitcompressError
@@ -200,3 +203,55 @@ def test_rewritten_tensors_of_an_offloaded_block_run_and_are_put_back() -> None:
 def test_what_offloading_cannot_serve_is_refused(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(DitcompressError, match=message):
         api.prune(digits_folder(), 0.5, dry_run=True, **arguments)  # type: ignore[arg-type]
+
+
+class Mixer(nn.Module):
+    """A block of two streams, which may change one of them."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.inner, self.changes = nn.Linear(8, 8), changes
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = x.add_(0.1) if self.changes else x + 0.1
+        return self.inner(x * (text.mean(1, keepdim=True) + 1))
+
+
+class Text(nn.Module):
+    """A linear of the text whose output enters every block as it is, as in PRX."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.text, self.last = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Mixer(changes) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        text = self.text(text)
+        for block in self.blocks:
+            x = 1.5 * x
+            x = x + block(x, text)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["kept", "changed in place"])
+def test_what_enters_all_blocks_is_weighed_once(changes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a block changes its input in place, so that it cannot be run twice."""
+    torch.manual_seed(0)
+    model = Text(changes=changes).requires_grad_(False)
+    blocks = tuple(f"blocks.{n}" for n in range(3))
+    names = ["text", *(f"{block}.inner" for block in blocks), "last"]
+    layout: Any = SimpleNamespace(sites=[SimpleNamespace(name=n, input_key=n) for n in names], blocks=blocks)
+    adapter: Any = SimpleNamespace(predict=lambda model, x, t, cond: model(x * 1.0, cond["text"]))
+    given = (model, adapter, layout, torch.randn(2, 5, 8), torch.tensor([3]), {"text": torch.randn(2, 4, 6)}, 7, None)
+    found: list[dict[str, torch.Tensor]] = []
+    for offloaded in (False, True):
+        if offloaded:  # as far as this module is concerned
+            monkeypatch.setattr("ditcompress.calibration.sensitivity.holding", lambda model: nullcontext())
+            monkeypatch.setattr("ditcompress.calibration.sensitivity.reread", lambda model: nullcontext())
+            setattr(model, ATTRIBUTE, object())
+        seen: dict[str, torch.Tensor] = {}
+        see_token_weights(*given, lambda key, x, w, seen=seen: seen.update({key: seen.get(key, 0) + w}))  # type: ignore[misc]
+        found.append(seen)
+    assert found[0].keys() == found[1].keys() == set(names)
+    for name in names:
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-5), name

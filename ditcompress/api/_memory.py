@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from ..pruning import ProbeParams
 from ..quantization import RecipeSteps, measures, needs
 from ..quantization._trained import optional, trained_step
 from ..recipe import Calibration, Recipe
+from ..runtime.blocks import routes_blocks
 from ._options import pick_dtype, settings_of
 
 # glibc keeps freed pieces between those in use, which offloading forbids: shares measured on DiTs of 70 to 90 M
@@ -106,17 +106,20 @@ def of_calibration(
 ) -> Memory:  # fmt: skip
     """Of gathering statistics on the CPU."""
     adapter = adapter_for(checkpoint.config)
-    passes, abreast = collect_bytes(checkpoint.config, adapter, layout, settings, dtype, offloaded=offload != "none")
-    weights = weight_bytes(
-        checkpoint, meta, layout, dtype, offload, held=abreast.batches > 1 or settings.weighting == "fisher"
-    )
+    cut = offload != "none" and not routes_blocks(meta)
+    passes, abreast = collect_bytes(checkpoint.config, adapter, layout, settings, dtype, offloaded=cut)
+    held = cut and (abreast.batches > 1 or settings.weighting == "fisher")
+    weights = weight_bytes(checkpoint, meta, layout, dtype, offload, held)
     return _memory(weights, statistics_bytes(layout, settings), passes, offload)
 
 
 def abreast(
-    checkpoint: Checkpoint, adapter: ModuleType, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype
+    checkpoint: Checkpoint, model: nn.Module, layout: Layout, settings: CalibrationSettings, dtype: torch.dtype
 ) -> Abreast:
     """How many passes of an offloaded model go together; one, where they cannot be followed without data."""
+    if routes_blocks(model):
+        return Abreast()
+    adapter = adapter_for(checkpoint.config)
     with contextlib.suppress(RuntimeError, NotImplementedError):
         return collect_bytes(checkpoint.config, adapter, layout, settings, dtype, offloaded=True)[1]
     return Abreast()

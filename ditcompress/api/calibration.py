@@ -118,7 +118,9 @@ def _calibrate(
     with ranks.together():  # after the conditions: text encoders are gone by now
         model, _ = load_to_run(checkpoint.path, dtype=pick_dtype(dtype), device=pick_device(device), offload=offload)
         layout = tied(adapter.layout(model), copies_of(model))
-    abreast = _memory.abreast(checkpoint, adapter, layout, settings, pick_dtype(dtype)) if offload != "none" else None
+    abreast = None
+    if offload != "none" and ranks.count == 1:  # several processes save after every batch
+        abreast = _memory.abreast(checkpoint, model, layout, settings, pick_dtype(dtype))
     statistics = collect(
         model, adapter, checkpoint.config, layout, sampler, given, settings, journal=journal, reporter=reporter,
         ranks=ranks, abreast=abreast,

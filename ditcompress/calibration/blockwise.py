@@ -19,12 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..runtime.blocks import BlockRouter
-
-
-def can_be_cut(model: nn.Module) -> bool:
-    """Whether blocks can be called again by themselves: not where a router decides at the first block of a group."""
-    return not any(isinstance(module, BlockRouter) for module in model.modules())
+CHANGED = "changed by an in-place operation"
 
 
 @dataclass
@@ -52,6 +47,8 @@ class Blockwise:
     def __init__(self) -> None:
         self.tape: list[_Entered | _Ran] = []
         self.known: dict[int, _Entered] = {}
+        self.own: set[int] = set()  # outputs of blocks, as others see them
+        self.versions: list[int] = []
         self.thread, self.running = threading.get_ident(), False
 
     def before(self, block: nn.Module, args: Any, kwargs: Any = None) -> Any:
@@ -59,13 +56,14 @@ class Blockwise:
         if threading.get_ident() != self.thread or not torch.is_grad_enabled():
             return None
         args, kwargs = tree_map(self._enter, (args, kwargs))
+        self.versions = _versions(args, kwargs)
         self.tape.append(_Ran(block, args, kwargs, []))
         self.running = True
         torch.set_grad_enabled(False)
         return args, kwargs
 
     def after(self, block: nn.Module, args: Any, *rest: Any) -> Any:
-        """Hook of a block: leaves in the place of its outputs."""
+        """Hook of a block: leaves in the place of its outputs. RuntimeError for a block that changed its inputs."""
         if threading.get_ident() != self.thread or not self.running:
             return None
         self.running = False
@@ -73,11 +71,14 @@ class Blockwise:
         output = tree_map(_leaf, rest[-1])
         ran = self.tape[-1]
         assert isinstance(ran, _Ran) and ran.block is block
+        if _versions(ran.args, ran.kwargs) != self.versions:
+            raise RuntimeError(f"an input of {type(block).__name__} was {CHANGED}")
         ran.leaves = tree_leaves(output)
+        self.own.update(id(leaf) for leaf in ran.leaves)
         return output
 
     def _enter(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
+        if not _differs(value) or id(value) in self.own:
             return value
         if id(value) not in self.known:
             self.known[id(value)] = _Entered(value, _leaf(value))
@@ -115,6 +116,10 @@ class Blockwise:
 
 def _differs(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def _versions(args: Any, kwargs: Any) -> list[int]:
+    return [value._version for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
 
 
 def _leaf(value: Any) -> Any:

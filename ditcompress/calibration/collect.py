@@ -79,6 +79,8 @@ def collect(
     """Statistics of `settings.samples` trajectories. With a journal folder an interrupted pass goes on where it was
     last saved, with the same result to the bit.
 
+    It is saved between steps, and between batches where the scheduler keeps something that has no file form.
+
     `abreast`: how many batches go through an offloaded model together. Sums of several batches are then added step by
     step, which differs from batch by batch by float rounding.
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..models.base import Layout
 from ..offload import ATTRIBUTE, holding, reread
-from .blockwise import can_be_cut, cut
+from ..runtime.blocks import routes_blocks
+from .blockwise import cut
 
 See = Callable[[str, Tensor, Tensor], None]
 
@@ -148,11 +149,23 @@ def see_token_weights(
 ) -> None:
     """`see(key, x, weight)` of what `token_weights` gives. An offloaded model is run block by block: memory holds what
     enters its blocks and the inside of one of them, and each block is read twice."""
-    if getattr(model, ATTRIBUTE, None) is None or not can_be_cut(model):
-        for key, parts in token_weights(model, adapter, layout, latents, timestep, cond, seed, among).items():
-            for x, weight in parts:
-                see(key, x, weight)
-        return
+    given = (model, adapter, layout, latents, timestep, cond, seed, among)
+    if getattr(model, ATTRIBUTE, None) is not None and not routes_blocks(model):
+        try:
+            return _by_block(*given, see)
+        except RuntimeError as error:
+            if "in-place operation" not in str(error):
+                raise
+            # a block whose inputs do not stay what they were cannot be run again
+    for key, parts in token_weights(*given).items():
+        for x, weight in parts:
+            see(key, x, weight)
+
+
+def _by_block(
+    model: nn.Module, adapter: ModuleType, layout: Layout, latents: Tensor, timestep: Tensor,
+    cond: Mapping[str, Tensor], seed: int, among: tuple[Tensor, int] | None, see: See,
+) -> None:  # fmt: skip
     with frozen(model), holding(model), torch.enable_grad(), TokenWeights(model, layout) as found:
         with cut(model, layout.blocks) as graph:
             output = adapter.predict(model, latents.detach().requires_grad_(True), timestep, cond)

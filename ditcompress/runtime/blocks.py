@@ -95,6 +95,12 @@ class Member:
         return tuple(joined) if double else joined[0]
 
 
+def routes_blocks(model: nn.Module) -> bool:
+    """Whether the first block of a group decides what the others do: such blocks cannot be called by themselves, nor
+    by several passes in turns."""
+    return any(isinstance(module, BlockRouter) for module in model.modules())
+
+
 def members(model: nn.Module) -> dict[str, Member]:
     """The blocks of groups by path."""
     found = {path: vars(module).get("forward") for path, module in model.named_modules()}
