@@ -33,16 +33,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .kernels import KERNELS
-from .ops._normed import NORMS, Normed
+from .ops._normed import Normed, Seen, check, kind_of
 from .ops._shared import DECIDING
 
 if TYPE_CHECKING:
     from .linear import PackedLinear
 
 
+PUTS_OFF = "ditcompress_puts_off"  # attribute of a norm
+
+
 @dataclass(frozen=True)
 class Product:
-    """gate * activation(layer(x)) (B, T, N) of an input that is rounded already; gate (B or 1, 1, N)."""
+    """gate * activation(layer(x)) (B, T, N) of an input that is rounded already; gate (B or 1, 1, N). `seen`: tensors
+    that it will read, and their versions."""
 
     layer: PackedLinear
     kernel: str
@@ -51,6 +55,7 @@ class Product:
     dtype: torch.dtype
     activation: str | None = None
     gate: Tensor | None = None
+    seen: Seen = ()
 
     def compute(self, residual: Tensor | None = None) -> Tensor:
         made = self.layer._prepared(self.kernel, self.dtype)
@@ -64,7 +69,7 @@ class Product:
 class Deferred(Tensor):
     """A tensor that is computed when its numbers are asked for."""
 
-    work: Normed | Product
+    work: Normed | Product | None  # nothing once it is done
     value: Tensor | None
 
     @staticmethod
@@ -79,13 +84,17 @@ class Deferred(Tensor):
     def plain(self) -> Tensor:
         """Its numbers."""
         if self.value is None:
-            _check(self.work)
-            self.value = self.work.compute()
+            assert self.work is not None
+            check(self.work.seen)
+            self.value, self.work = self.work.compute(), None
         return self.value
 
-    def noted(self, **what: Any) -> Deferred:
-        """The same with one more operation."""
-        if isinstance(self.work, Normed):
+    def noted(self, vector: Tensor | None = None, **what: Any) -> Deferred:
+        """The same with one more operation, by a `vector` or none."""
+        assert self.work is not None
+        if vector is not None:
+            what["seen"] = (*self.work.seen, (vector, vector._version))
+        if what and isinstance(self.work, Normed):
             what["read"] = {}
         return Deferred(replace(self.work, **what), self.shape, self.device)
 
@@ -122,73 +131,86 @@ def _product(x: Any) -> Product | None:
 
 
 def _vector(v: Any, x: Deferred) -> bool:
-    """Whether v is one row for each sample of x, and of a dtype that leaves the result's."""
+    """Whether v is one row for each sample of x, of a dtype that leaves the result's, and takes no gradient."""
     return (
-        isinstance(v, Tensor) and not isinstance(v, Deferred) and v.dtype == x.dtype and v.dim() == x.dim() == 3
+        _still(v) and not isinstance(v, Deferred) and v.dtype == x.dtype and v.dim() == x.dim() == 3
         and v.shape[0] in (1, x.shape[0]) and v.shape[1:] == (1, x.shape[2])
     )  # fmt: skip
 
 
+def _still(v: Any) -> bool:
+    """Whether v is a tensor whose use may be put off."""
+    return isinstance(v, Tensor) and not v.is_inference() and not (v.requires_grad and torch.is_grad_enabled())
+
+
+def _two(rule: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """A rule for two plain arguments; any other call is not noted."""
+    return lambda *args, **kwargs: NotImplemented if kwargs or len(args) != 2 else rule(*args)
+
+
 def _times(a: Any, b: Any) -> Any:
     x, v = (a, b) if isinstance(a, Deferred) else (b, a)
-    if isinstance(v, (int, float)) and v == 1:
-        return x
     norm, last = _normed(x), _product(x)
+    if (norm or last) and isinstance(v, (int, float)) and v == 1:
+        return x.noted()
     if not _vector(v, x):
         return NotImplemented
     if norm and norm.scale is None and norm.shift is None:
-        return x.noted(scale=v)
-    return x.noted(gate=v) if last and last.gate is None else NotImplemented
+        return x.noted(v, scale=v)
+    return x.noted(v, gate=v) if last and last.gate is None else NotImplemented
 
 
-def _plus(a: Any, b: Any, *, alpha: float = 1) -> Any:
+def _plus(a: Any, b: Any) -> Any:
     x, v = (a, b) if isinstance(a, Deferred) else (b, a)
     norm, last = _normed(x), _product(x)
-    if alpha != 1:
-        return NotImplemented
     if norm and norm.shift is None and _vector(v, x):
-        return x.noted(shift=v)
+        return x.noted(v, shift=v)
     v = plain(v)
-    same = isinstance(v, Tensor) and (v.shape, v.dtype) == (x.shape, x.dtype)
-    return last.compute(v) if last and same else NotImplemented
+    if not last or not _still(v) or (v.shape, v.dtype) != (x.shape, x.dtype):
+        return NotImplemented
+    check(last.seen)
+    return last.compute(v)
 
 
 def _divided(x: Any, by: Any) -> Any:
-    return x if isinstance(by, (int, float)) and by == 1 else NotImplemented
+    pending = _normed(x) or _product(x)
+    return x.noted() if pending and isinstance(by, (int, float)) and by == 1 else NotImplemented
 
 
-def _activated(name: str) -> Callable[..., Any]:
-    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
-        last = _product(x)
-        return x.noted(activation=name) if last and last.activation is None and last.gate is None else NotImplemented
-
-    return rule
+def _activated(x: Any, name: str) -> Any:
+    last = _product(x)
+    return x.noted(activation=name) if last and last.activation is None and last.gate is None else NotImplemented
 
 
-def _gelu(x: Any, *, approximate: str = "none") -> Any:
-    return _activated({"none": "gelu", "tanh": "gelu_tanh"}[approximate])(x)
+def _silu(*args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+    return NotImplemented if inplace or kwargs or len(args) != 1 else _activated(args[0], "silu")
+
+
+def _gelu(*args: Any, approximate: str = "none", **kwargs: Any) -> Any:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return NotImplemented if kwargs or len(args) != 1 or name is None else _activated(args[0], name)
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return NotImplemented if training and p else x
 
 
-def _to(x: Any, dtype: Any, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+def _to(x: Any, dtype: Any) -> Any:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return NotImplemented
     if dtype == x.dtype:
         return x
     return x.noted(dtype=dtype) if _normed(x) else NotImplemented
 
 
-def _type_as(x: Any, other: Tensor) -> Any:
+def _type_as(x: Any, other: Any) -> Any:
     return _to(x, other.dtype) if isinstance(x, Deferred) and other.device == x.device else NotImplemented
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    Tensor.mul: _times, torch.mul: _times, Tensor.add: _plus, torch.add: _plus, Tensor.div: _divided,
-    torch.nn.functional.gelu: _gelu, torch.nn.functional.silu: _activated("silu"),
-    torch.nn.functional.dropout: _dropout, Tensor.to: _to, Tensor.type_as: _type_as,
+    Tensor.mul: _two(_times), torch.mul: _two(_times), Tensor.add: _two(_plus), torch.add: _two(_plus),
+    Tensor.div: _two(_divided), Tensor.to: _two(_to), Tensor.type_as: _two(_type_as),
+    torch.nn.functional.gelu: _gelu, torch.nn.functional.silu: _silu, torch.nn.functional.dropout: _dropout,
 }  # fmt: skip
 _ABOUT = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")}
 _ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_inference}
@@ -200,31 +222,37 @@ _ABOUT |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tens
 def set_fusion(model: nn.Module, on: bool = True) -> nn.Module:
     """Whether norms and integer products of a loaded model are put off, to be computed together with what surrounds
     them; the model itself. Call it again after loading other weights."""
+    for layer in packed(model):
+        layer.rounding = _digest(layer) if on else None
     for module in model.modules():
-        if hasattr(module, "rounding"):
-            module.rounding = _digest(module) if on else None  # type: ignore[arg-type,assignment]
-        elif type(module).__name__ in NORMS and _plain_norm(module):
-            module.__dict__.pop("forward", None)
-            if on:
-                module.forward = functools.partial(_norm, module)
+        if not kind_of(module) or [*module.parameters()]:
+            continue
+        vars(module)[PUTS_OFF] = on  # for a forward of ours that somebody's hook has taken over
+        now = vars(module).get("forward")
+        if now is None and on:
+            module.forward = functools.partial(_norm, module)  # type: ignore[method-assign]
+        elif isinstance(now, functools.partial) and now.func is _norm and not on:
+            del module.forward
     return model
+
+
+def packed(model: nn.Module) -> list[PackedLinear]:
+    from .linear import PackedLinear
+
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def fusible(model: nn.Module) -> bool:
     """Whether `set_fusion` changes how a model runs where it lies."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "rounding")]
-    return any(_kernel(layer, layer.qweight.device) is not None for layer in layers)
+    return any(_kernel(layer, layer.qweight.device) is not None for layer in packed(model))
 
 
-def _plain_norm(norm: nn.Module) -> bool:
-    """Whether it is of the last dimension, without weights."""
-    shape: Any = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
-    return len(shape) == 1 and getattr(norm, "weight", None) is None and getattr(norm, "bias", None) is None
-
-
-def _digest(layer: PackedLinear) -> str:
-    """Equal for linears that transform and round an input alike."""
+def _digest(layer: PackedLinear) -> str | None:
+    """Equal for linears that transform and round an input alike; None for one that has no data here, or no kernel that
+    puts work off."""
     stored, digest = layer.stored_tensors(), hashlib.sha256()
+    if any(t.is_meta for t in stored.values()) or not any(map(_able, layer.kernels.values())):
+        return None
     digest.update(repr((layer.scheme.activation, layer.scheme.smooth, layer.scheme.rotate)).encode())
     for name in DECIDING:
         if name in stored:
@@ -233,45 +261,51 @@ def _digest(layer: PackedLinear) -> str:
 
 
 def _norm(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or isinstance(x, Deferred) or x.dim() != 3 or not _possible(x):
+    width: Any = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
+    ordinary = (
+        args or kwargs or not vars(norm)[PUTS_OFF] or isinstance(x, Deferred) or tuple(width) != tuple(x.shape[-1:])
+    )
+    if ordinary or x.dim() != 3 or not _possible(x):
         result: Tensor = type(norm).forward(norm, x, *args, **kwargs)
         return result
-    return Deferred(Normed(norm, x, x.dtype, x._version), x.shape, x.device)
+    return Deferred(Normed(norm, x, x.dtype, ((x, x._version),)), x.shape, x.device)
 
 
 def _possible(x: Tensor) -> bool:
     """Whether operations on x may be put off at all."""
-    grads = torch.is_grad_enabled() and x.requires_grad
-    return not (torch.compiler.is_compiling() or grads or x.is_inference() or torch.is_autocast_enabled(x.device.type))
+    if torch.compiler.is_compiling() or not _still(x) or x.device.type not in ("cpu", "cuda"):
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def product(layer: PackedLinear, x: Tensor) -> Tensor | None:
     """The layer's output, not computed yet; None where it has to be computed the ordinary way, of the plain x."""
-    kernel = _kernel(layer, x.device)
-    if kernel is None or x.dim() != 3 or not _possible(x):
+    if x.dim() != 3 or not _possible(x):
+        return None
+    kernel, bias = _kernel(layer, x.device), layer.bias
+    if kernel is None or (bias is not None and not _still(bias)):
         return None
     norm, shape = _normed(x), torch.Size((*x.shape[:-1], layer.out_features))
     if norm is None:
         rounded = KERNELS[kernel].rounded(layer, plain(x))
     else:
-        _check(norm)
         assert layer.rounding is not None
         if layer.rounding not in norm.read:
+            check(norm.seen)
             norm.read[layer.rounding] = KERNELS[kernel].rounded(layer, norm)
         rounded = norm.read[layer.rounding]
     return Deferred(Product(layer, kernel, rounded, shape, x.dtype), shape, x.device)
 
 
 def _kernel(layer: PackedLinear, device: torch.device) -> str | None:
-    """The kernel of a layer, if it can put its work off."""
-    name = layer.kernel(device.type)
-    able = getattr(KERNELS[name], "puts_off", None)
-    return name if able is not None and not layer.scheme.output_norm and able(layer, device) else None
+    """The kernel of a layer, if it can put its work off: not one whose tensors come and go with its call."""
+    name, hooked = layer.kernel(device.type), "forward" in vars(layer)
+    fits = not hooked and not layer.scheme.output_norm and _able(name)
+    return name if fits and KERNELS[name].puts_off(layer, device) else None
 
 
-def _check(work: Normed | Product) -> None:
-    if isinstance(work, Normed) and work.x._version != work.version:
-        raise RuntimeError("the input of a norm was changed before its output was read: use set_fusion(model, False)")
+def _able(kernel: str) -> bool:
+    return hasattr(KERNELS[kernel], "puts_off")
 
 
 def plain(x: Any) -> Any:

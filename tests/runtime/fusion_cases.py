@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,23 +212,132 @@ def test_any_use_of_what_was_put_off_has_its_numbers(use: Callable[[Tensor, Tens
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_an_input_that_changes_under_way_is_told() -> None:
-    norm = set_fusion(nn.Sequential(nn.LayerNorm(32, 1e-6, False)))
-    x = torch.randn(2, 5, 32).to(DEVICE)
+def pair(kernel: str) -> nn.Module:
+    """A norm and a packed linear."""
+    return packed(nn.Sequential(nn.LayerNorm(32, 1e-6, False), nn.Linear(32, 32)), ["1"], SCHEMES["plain"], kernel)
+
+
+def test_what_changes_under_way_is_told(kernel: str) -> None:
+    norm, linear = set_fusion(pair(kernel))  # type: ignore[misc]
+    x, v = torch.randn(2, 5, 32).to(DEVICE), torch.randn(2, 1, 32).to(DEVICE)
     with torch.no_grad():
-        y = norm(x)
-        x += 1
-        with pytest.raises(RuntimeError, match="changed before its output was read"):
-            y + 0.5
+        for put_off, changed in [(norm(x), x), (norm(x) * v, v), (norm(x) + v, v), (linear(x) * v, v)]:
+            changed += 1
+            with pytest.raises(RuntimeError, match="was changed before"):
+                put_off + 0.5
+        read = norm(x)
+        first = linear(read)
+        x += 1  # after it was rounded for all that read it
+        assert torch.equal(linear(read) + 0, first + 0)
+
+
+def test_a_copy_is_a_copy(kernel: str) -> None:
+    x = torch.randn(2, 5, 32).to(DEVICE)
+    copies: list[Callable[[Tensor], Tensor]] = [lambda y: y * 1, lambda y: y / 1.0]
+    with torch.no_grad():
+        for module in set_fusion(pair(kernel)):  # type: ignore[attr-defined]
+            for copied in copies:
+                y, wanted = module(x), module(x) + 0
+                z = copied(y)
+                z += 1
+                assert torch.equal(y + 0, wanted) and torch.equal(z + 0, wanted + 1)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "to a device": lambda y, v: y.to(device=DEVICE),
+    "to a layout": lambda y, v: y.to(memory_format=torch.contiguous_format),
+    "to both": lambda y, v: y.to(DEVICE, dtype=torch.float64),
+    "into a tensor": lambda y, v: torch.mul(y, v, out=torch.empty(2, 5, 32, device=DEVICE)),
+    "by name": lambda y, v: torch.add(input=y.mul(other=v), other=v).div(other=2.0),
+    "scaled": lambda y, v: torch.add(y, v, alpha=2),
+    "rounded down": lambda y, v: y.div(2, rounding_mode="floor"),
+    "an activation by name": lambda y, v: F.gelu(input=y),
+    "an activation in place": lambda y, v: F.silu(y, inplace=True) + y,
+}
+
+
+@pytest.mark.parametrize("use", FORMS.values(), ids=FORMS)
+def test_every_form_of_a_call(use: Callable[[Tensor, Tensor], Tensor], kernel: str) -> None:
+    test_any_use_of_what_was_put_off_has_its_numbers(use, kernel)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_a_norm_in_half_precision_has_its_own_epsilon(size: float, kernel: str) -> None:
+    model = nn.Sequential(nn.RMSNorm(32, elementwise_affine=False), nn.Linear(32, 32))
+    model = packed(model, ["1"], SCHEMES["plain"], kernel)  # type: ignore[assignment]
+    x = (size * torch.randn(2, 5, 32)).bfloat16().to(DEVICE)
+    with torch.no_grad():
+        plain = model(x)
+        fused = set_fusion(model)(x) + 0
+    assert float((fused - plain).float().norm() / plain.float().norm()) < 2e-2
+
+
+class Triples(ModelHook):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return output * 3
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_hooks_of_others_stay_what_they_are(fused_first: bool, kernel: str) -> None:
+    x, model = torch.randn(2, 5, 32).to(DEVICE), pair(kernel)
+    norm, linear = model  # type: ignore[misc]
+    with torch.no_grad():
+        wanted = linear(norm(x) * 3)
+        set_fusion(model, fused_first)
+        add_hook_to_module(norm, Triples())
+        for on in (True, False):
+            torch.testing.assert_close(set_fusion(model, on)(x) + 0, wanted, rtol=1e-3, atol=1e-3)
+        assert type(norm._old_forward(x)) is Tensor
+
+
+def test_weights_that_come_and_go_are_not_put_off(kernel: str) -> None:
+    """A hook that empties a layer after its call leaves nothing for later."""
+    model = packed(Block(), ["first", "second"], SCHEMES["plain"], kernel)
+    given = [torch.randn(2, n, 32).to(DEVICE) for n in (5, 1, 1, 1)]
+    with torch.no_grad():
+        wanted = model(*given)
+        for fused_first in (True, False):
+            other = set_fusion(copy.deepcopy(model), fused_first)
+            cpu_offload(other, execution_device=DEVICE, offload_buffers=True)
+            torch.testing.assert_close(set_fusion(other)(*given), wanted, rtol=1e-3, atol=1e-3)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.rounding, self.gamma = 32, "nearest", nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_only_norms_that_are_known_are_put_off() -> None:
+    x, model = torch.randn(2, 5, 32).to(DEVICE), nn.Sequential(RMSNorm(), LayerNorm(32, 1e-6, False))
+    with torch.no_grad():
+        assert all(type(norm(x)) is Tensor for norm in set_fusion(model))  # type: ignore[attr-defined]
+    assert model[0].rounding == "nearest"
+
+
+def test_a_model_without_data_runs(kernel: str) -> None:
+    model = set_fusion(packed(Block(), ["first", "second"], SCHEMES["plain"], kernel)).to("meta")
+    assert model(*(torch.zeros(2, n, 32, device="meta") for n in (5, 1, 1, 1))).shape == (2, 5, 32)
 
 
 def test_gradients_and_autocast_take_the_ordinary_way(kernel: str) -> None:
     model = set_fusion(packed(Block(), ["first", "second"], SCHEMES["plain"], kernel))
     x = torch.randn(2, 5, 32).to(DEVICE).requires_grad_()
     assert type(model.norm(x)) is Tensor and model.norm(x).requires_grad
+    vector = torch.randn(2, 1, 32, device=DEVICE, requires_grad=True)
+    assert (model.norm(x.detach()) * vector + vector).requires_grad  # a trained modulation
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16), torch.no_grad():
         assert type(model.norm(x)) is Tensor
     with torch.no_grad():
+        x = x.detach()
         assert isinstance(model.norm(x), Deferred)
         twin = copy.deepcopy(model)
         assert isinstance(twin.norm(x), Deferred) and twin.norm.forward.args[0] is twin.norm

@@ -95,9 +95,10 @@ def rounded(layer: Layer, x: Tensor | Normed) -> tuple[Tensor, Tensor, Tensor | 
     spec = scheme.activation
     if not isinstance(x, Normed) or scheme.smooth == "online" or scheme.rotate:
         values = x.compute() if isinstance(x, Normed) else x
-        found: tuple[Tensor, Tensor, Tensor | None] = _tokens(layer, layer.transformed(values), values.dtype)
+        found: tuple[Tensor, Tensor, Tensor | None] = rounded_once(layer, values, _tokens, values.dtype)[1]
         return found
-    made = _normalized(x.x, x.kind, x.eps, x.scale, x.shift, spec.bits, spec.symmetric)
+    vectors = [None if v is None else v.contiguous() for v in (x.scale, x.shift)]  # of one kind to the compiler
+    made = _normalized(x.x, x.kind, x.eps, *vectors, spec.bits, spec.symmetric)
     return (*made, None) if spec.symmetric else made
 
 
@@ -111,6 +112,7 @@ def computed(
     sums of some tokens are finished before the next ones' (a traced graph fuses that)."""
     flat, scales, zeros = rounded
     bias = None if layer.scheme.rank else layer.bias
+    gate = None if gate is None else gate.expand(shape[0], 1, -1).contiguous()  # of one kind to the compiler
     size, y = _columns(layer.out_features, PART), torch.empty(shape, dtype=dtype, device=flat.device)
     for start in range(0, layer.out_features, size):
         own = slice(start, min(start + size, layer.out_features))
@@ -126,7 +128,7 @@ def computed(
             _scaled(
                 integer_product(flat[some], weight).view(out.shape), scales[some].view(each), weight_scale.reshape(-1),
                 None if zeros is None else zeros[some].view(each), row_sum, None if bias is None else bias[own],
-                activation, None if gate is None else gate.expand(shape[0], 1, -1)[samples, :, own],
+                activation, None if gate is None else gate[samples, :, own],
                 None if residual is None else residual[here], out,
             )  # fmt: skip
     return y
