@@ -27,13 +27,14 @@ from .errors import DitcompressError
 from .loading import empty_model, load_model
 from .models import adapter_for
 from .models._table import block_of
+from .runtime.attention import RoutedAttention
 from .sharing import copies_of
 from .weights import Weights, set_tensor
 
 WAYS = ("none", "cpu", "disk")
 ATTRIBUTE = "ditcompress_offloaded"  # of a model whose blocks are read when they run
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGE = -1, -3, 1 << 20  # mallopt(3)
-WHOLE = ["MultiheadAttention"]  # torch's own reads the weights of its parts without calling them
+WHOLE = ["MultiheadAttention"]  # torch's own reads the weights of its parts without calling them, as routed heads do
 
 
 def check_offload(way: str) -> None:
@@ -85,10 +86,12 @@ def _place(model: nn.Module, parts: Parts) -> None:
         for name in parts.weights:
             inside = bool(block_of(name, parts.blocks))
             set_tensor(model, name, parts.header(name) if inside else parts.weights[name].to(parts.device))
+    routed = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttention)]
+    whole = [*WHOLE, *{type(module).__name__ for module in routed}]
     for block in parts.blocks:
         attach_align_device_hook(
             model.get_submodule(block), parts.device, offload=True, weights_map=parts, offload_buffers=True,
-            module_name=block, preload_module_classes=WHOLE,
+            module_name=block, preload_module_classes=whole,
         )  # fmt: skip
     setattr(model, ATTRIBUTE, parts)
 

@@ -151,6 +151,17 @@ def test_calibrate_gives_the_same_digest_for_experts_too(tiny_dit: Path, tmp_pat
         same_statistics(first, second, ["transformer_blocks"] if folder == tiny_dit else [])
 
 
+@pytest.mark.parametrize("method", ["moh", "uoe", "switch-dit"])
+def test_routed_heads_and_masks_are_there_when_they_run(method: str, tiny_dit: Path, tmp_path: Path) -> None:
+    """Their weights are read without calling the linears that own them."""
+    few = ["calibration.samples=2", "calibration.steps=2"]
+    api.moe(tiny_dit, tmp_path / "moe", method=method, overrides=few)
+    first, second = (flatten(api.calibrate(tmp_path / "moe", overrides=few, offload=w)) for w in ("none", "disk"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():  # sums of many small gradients, in another order
+        assert float((tensor - second[name]).norm()) <= 1e-3 * float(tensor.norm()), name
+
+
 def test_commands_give_the_same_result(tmp_path: Path) -> None:
     given: dict[str, Any] = {"ratio": 0.5, "method": "oracle-greedy", "overrides": few("oracle_greedy")}
     results = [api.prune(digits_folder(), out=tmp_path / way, offload=way, **given) for way in ("none", "disk")]

@@ -70,8 +70,8 @@ class TaskMask(Routed):
         gates, chosen = found.topk(self.active, dim=-1)
         return self.tell(Routing(found, chosen, gates))
 
-    def mask(self, x: Tensor, routing: Routing) -> Tensor:
-        """(n, T, D) of inputs (n, T, D): every expert runs once, on the samples that chose it."""
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """The mask (n, T, D) of inputs (n, T, D): every expert runs once, on the samples that chose it."""
         total = torch.ones_like(x)
         for expert in routing.chosen.unique().tolist():
             rows, place = (routing.chosen == expert).nonzero(as_tuple=True)
@@ -96,7 +96,7 @@ class TaskMask(Routed):
         if timesteps is None or timesteps.dim() != 1:
             timesteps = self.time.timesteps
         assert timesteps is not None
-        mask = self.mask(x, self.route(timesteps.reshape(-1).expand(len(x))))
+        mask = self(x, self.route(timesteps.reshape(-1).expand(len(x))))
         self.held = (x, mask)
         if args:
             return (x * mask, *args[1:]), dict(kwargs)

@@ -49,7 +49,7 @@ def test_every_sample_of_a_batch_is_masked_as_if_alone_and_as_defined() -> None:
     part.bias.normal_(std=0.1)
     x = torch.randn(5, 7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     routing = part.route(torch.tensor([3, 900, 3, 400, 10]))
-    assert torch.allclose(part.mask(x, routing), part.reference(x, routing), atol=1e-12)
+    assert torch.allclose(part(x, routing), part.reference(x, routing), atol=1e-12)
     scores = part.probabilities(part.time.at(torch.tensor([3])))
     assert torch.allclose(routing.gates[0], scores.topk(2).values[0], atol=1e-6)  # not normalised over the chosen
 
