@@ -162,6 +162,14 @@ def test_routed_heads_and_masks_are_there_when_they_run(method: str, tiny_dit: P
         assert float((tensor.double() - second[name].double()).norm()) <= 1e-3 * float(tensor.double().norm()), name
 
 
+def test_a_method_without_probes_can_be_measured_in_flops(tiny_dit: Path) -> None:
+    first, second = (
+        api.prune(tiny_dit, ratio=0.5, by="flops", method="magnitude", dry_run=True, offload=way)
+        for way in ("none", "disk")
+    )
+    assert first.facts == second.facts
+
+
 def test_commands_give_the_same_result(tmp_path: Path) -> None:
     given: dict[str, Any] = {"ratio": 0.5, "method": "oracle-greedy", "overrides": few("oracle_greedy")}
     results = [api.prune(digits_folder(), out=tmp_path / way, offload=way, **given) for way in ("none", "disk")]

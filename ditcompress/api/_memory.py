@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +125,10 @@ def abreast(
     return Abreast()
 
 
-def abreast_probes(checkpoint: Checkpoint, layout: Layout, params: ProbeParams, dtype: torch.dtype) -> int:
-    """How many probes go through an offloaded model together; one, where they cannot be followed without data."""
-    config, adapter = checkpoint.config, adapter_for(checkpoint.config)
-    rows = branches_of(config, adapter, params.guidance) * min(params.batch, params.samples)
+def abreast_probes(config: Mapping[str, Any], layout: Layout, rows: int, dtype: torch.dtype) -> int:
+    """How many probes of so many rows go through an offloaded model together; one, where they cannot be followed
+    without data."""
+    adapter = adapter_for(config)
     with contextlib.suppress(RuntimeError, NotImplementedError):
         return side_by_side(follow(config, adapter, rows, dtype, blocks=layout.blocks).between, MOST_PROBES)
     return 1
@@ -146,7 +146,7 @@ def of_pruning(
     branches = branches_of(config, adapter, params.guidance)
     rows = branches * min(params.batch, params.samples)
     found = follow(config, adapter, rows, dtype, hooks=dict.fromkeys(layout.blocks, _compared), blocks=layout.blocks)
-    together = abreast_probes(checkpoint, layout, params, dtype) if offload != "none" else 1
+    together = side_by_side(found.between, MOST_PROBES) if offload != "none" else 1
     work = found.peak + (together - 1) * found.between
     weights = weight_bytes(checkpoint, meta, layout, dtype, offload, held=together > 1)
     chunk = getattr(params, "chunk", None)  # of a backward pass

@@ -253,8 +253,8 @@ class _Job:
         if "probes" in self.module.NEEDS or self.by != "params":
             context.probes = self._probes(model, source, adapter, self.params)
             if self.offload != "none":
-                dtype = next(model.parameters()).dtype
-                context.abreast = _memory.abreast_probes(source, layout, self.params, dtype)
+                rows, dtype = len(context.probes[0].latents), next(model.parameters()).dtype
+                context.abreast = _memory.abreast_probes(source.config, layout, rows, dtype)
         if "training" in self.module.NEEDS:
             context.data = self._states(model, source, adapter)
         context.journal = self.journal if self.resumes else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ from .collector import Collector
 from .conditions import Conditions
 from .idle import fill_idle
 from .statistics import InputStatistics, Statistics, flatten, unflatten
-from .walking import Abreast, Pass, Walker, meta_of, walk_together
+from .walking import Abreast, Pass, Walker, walk_together
 
 WALK = "walk."  # of names in a saved state
 STEP_OFFSETS = (0, -1, 1, -2, 2)
@@ -202,7 +202,7 @@ class _Run:
         return Statistics(inputs, blocks, self.meta())
 
     def meta(self) -> dict[str, Any]:
-        return meta_of(self.passes, self.timesteps)
+        return {"settings": asdict(self.settings), "guidance": self.passes.guidance, "timesteps": self.timesteps}
 
     def save(self, walkers: Sequence[Walker]) -> None:
         """The first process's state is that of all, and the others go on with nothing; with the batches on their way,

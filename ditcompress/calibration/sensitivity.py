@@ -86,14 +86,9 @@ class TokenWeights:
         kept, (self.inputs, self.weights) = (self.inputs, self.weights), ({}, {})
         try:
             yield
-            self.tell(see)
+            _tell(self.pairs(), see)
         finally:
             self.inputs, self.weights = kept
-
-    def tell(self, see: See) -> None:
-        for key, parts in self.pairs().items():
-            for x, weight in parts:
-                see(key, x, weight)
 
     def pairs(self) -> Mapping[str, list[tuple[Tensor, Tensor]]]:
         """For each input key its inputs (..., K) and the token weights (...)."""
@@ -157,9 +152,7 @@ def see_token_weights(
             if "in-place operation" not in str(error):
                 raise
             # a block whose inputs do not stay what they were cannot be run again
-    for key, parts in token_weights(*given).items():
-        for x, weight in parts:
-            see(key, x, weight)
+    _tell(token_weights(*given), see)
 
 
 def _by_block(
@@ -175,7 +168,13 @@ def _by_block(
                 run()
 
         graph.backward(_loss(output, seed, among), again, found.muted)
-        found.tell(see)
+        _tell(found.pairs(), see)
+
+
+def _tell(pairs: Mapping[str, list[tuple[Tensor, Tensor]]], see: See) -> None:
+    for key, parts in pairs.items():
+        for x, weight in parts:
+            see(key, x, weight)
 
 
 def _loss(output: Tensor, seed: int, among: tuple[Tensor, int] | None) -> Tensor:

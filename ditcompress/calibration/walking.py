@@ -7,7 +7,7 @@ and so do the backward passes of that step. A group can be saved between two ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -170,7 +170,3 @@ def walk_together(walkers: Sequence[Walker], run: Pass, abreast: Abreast) -> int
     for walker in walking:
         walker.at += 1
     return len(walking)
-
-
-def meta_of(run: Pass, timesteps: list[list[float]]) -> dict[str, Any]:
-    return {"settings": asdict(run.settings), "guidance": run.guidance, "timesteps": timesteps}

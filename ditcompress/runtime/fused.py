@@ -74,5 +74,5 @@ def _twin(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with another code object; a callable that is no plain function as it is."""
     if not isinstance(function, FunctionType):
         return function
-    code, own = function.__code__.replace(), function
-    return FunctionType(code, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
